@@ -26,6 +26,11 @@ def magnitude_keep(x: torch.Tensor, kept: int) -> torch.Tensor:
     return keep.scatter_(-1, order[..., :kept], True)
 
 
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    """x as integers of the same width: moving values must not touch them, and some float moves rewrite NaNs."""
+    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
 def pack(x: torch.Tensor, keep: torch.Tensor, width: int | None) -> CompressedTensor:
     """Pack x [B, Hkv, T, D] where keep (bool, same shape) is True.
 
@@ -33,6 +38,7 @@ def pack(x: torch.Tensor, keep: torch.Tensor, width: int | None) -> CompressedTe
     row needs (general layout).
     """
     batch, heads, tokens, head_dim = x.shape
+    dtype, x = x.dtype, as_bits(x)
     slices, words = slices_for(tokens), words_for(head_dim)
     pad = slices * SLICE_TOKENS - tokens
     x = torch.nn.functional.pad(x, (0, 0, 0, pad)).view(batch, heads, slices, SLICE_TOKENS, head_dim)
@@ -48,7 +54,7 @@ def pack(x: torch.Tensor, keep: torch.Tensor, width: int | None) -> CompressedTe
     if width is not None:
         if tokens and int(counts.max()) > width:
             raise ValueError(f"width {width} is too small for a row of {int(counts.max())} kept values")
-        values = _vectors(rows, width)
+        values = _vectors(rows, width).view(dtype)
         return CompressedTensor(bitmap, values, None, None, tokens, head_dim)
 
     fullest = counts.amax(-1)  # [B, Hkv, S]
@@ -57,7 +63,7 @@ def pack(x: torch.Tensor, keep: torch.Tensor, width: int | None) -> CompressedTe
     offsets = sizes.flatten().cumsum(0).view_as(sizes) - sizes
     flat = rows.reshape(-1, SLICE_TOKENS, head_dim)
     pieces = [_vectors(piece, w).flatten() for piece, w in zip(flat, widths.flatten().tolist(), strict=True)]
-    values = torch.cat(pieces) if pieces else x.new_zeros(0)
+    values = torch.cat(pieces).view(dtype) if pieces else x.new_zeros(0, dtype=dtype)
     return CompressedTensor(bitmap, values, offsets, widths.int(), tokens, head_dim)
 
 
@@ -87,21 +93,22 @@ def decompress(c: CompressedTensor) -> torch.Tensor:
     """The dense tensor [B, Hkv, T, D], zeros where nothing was kept."""
     keep = torch.nn.functional.pad(keep_mask(c), (0, 0, 0, -c.tokens % SLICE_TOKENS))
     keep = keep.unflatten(2, (-1, SLICE_TOKENS))  # [B, Hkv, S, 64, D]
+    packed = as_bits(c.values)
     if c.is_uniform:
-        rows = c.values.transpose(-3, -2).flatten(-2)  # [B, Hkv, S, 64, width]
+        rows = packed.transpose(-3, -2).flatten(-2)  # [B, Hkv, S, 64, width]
     else:
         most = int(c.widths.max()) if c.widths.numel() else 0
-        rows = c.values.new_zeros(*keep.shape[:-1], most)
+        rows = packed.new_zeros(*keep.shape[:-1], most)
         for index in torch.cartesian_prod(*map(torch.arange, c.widths.shape)).view(-1, 3).tolist():
             b, h, s = index
             width, start = int(c.widths[b, h, s]), int(c.offsets[b, h, s])
-            piece = c.values[start : start + width * SLICE_TOKENS].view(-1, SLICE_TOKENS, VECTOR_VALUES)
+            piece = packed[start : start + width * SLICE_TOKENS].view(-1, SLICE_TOKENS, VECTOR_VALUES)
             rows[b, h, s, :, :width] = piece.transpose(0, 1).flatten(1)
     rank = (keep.long().cumsum(-1) - 1).clamp(min=0)
     if rows.shape[-1] == 0:
-        return rows.new_zeros(c.shape)
-    dense = torch.where(keep, rows.gather(-1, rank), torch.zeros((), dtype=rows.dtype, device=c.device))
-    return dense.flatten(2, 3)[:, :, : c.tokens].contiguous()
+        return c.values.new_zeros(c.shape)
+    dense = torch.where(keep, rows.gather(-1, rank), 0)
+    return dense.flatten(2, 3)[:, :, : c.tokens].contiguous().view(c.dtype)
 
 
 def key_scores(q: torch.Tensor, c: CompressedTensor) -> torch.Tensor:
