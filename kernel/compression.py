@@ -14,6 +14,7 @@ import triton.language as tl
 
 SLICE_TOKENS = 64
 VECTOR_VALUES = 8
+MAX_HEAD_DIM = 256
 #: Rows of a tile: a warp of a 4-warp program then holds 8 rows, small enough for the scans to stay in registers.
 TILE_ROWS = 32
 #: Bits of the magnitude of infinity; everything above is NaN.
@@ -159,9 +160,19 @@ def _columns(head_dim: int) -> int:
     return max(64, triton.next_power_of_2(head_dim))
 
 
-def _check(x: torch.Tensor) -> None:
+def _check_dtype(x: torch.Tensor) -> None:
     if x.dtype not in _INFINITY_KEY:
         raise TypeError(f"x.dtype: expected float16 or bfloat16 on a GPU, got {x.dtype}")
+
+
+def _check_dense(x: torch.Tensor) -> None:
+    _check_dtype(x)
+    if x.dim() != 4:
+        raise ValueError(f"x.shape: expected [B, Hkv, T, D], got {tuple(x.shape)}")
+    if not 0 < x.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim: expected 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        raise ValueError(f"x: expected a contiguous last dimension, got strides {x.stride()}")
 
 
 def _empty_bitmap(x: torch.Tensor) -> torch.Tensor:
@@ -180,8 +191,10 @@ def prune_compress(x: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tens
 
     Returns bitmap int64 [B, Hkv, S, 64, W] and values [B, Hkv, S, width / 8, 64, 8].
     """
-    _check(x)
+    _check_dense(x)
     batch, heads, tokens, head_dim = x.shape
+    if not 1 <= kept <= head_dim:
+        raise ValueError(f"k: expected 1 to {head_dim} values kept per row, got {kept}")
     bitmap = _empty_bitmap(x)
     slices, words = bitmap.shape[2], bitmap.shape[4]
     width = triton.cdiv(kept, VECTOR_VALUES) * VECTOR_VALUES
@@ -202,7 +215,7 @@ def compress(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     Two passes and one host synchronisation: the size of the values depends on the data.
     Returns bitmap, flat values, offsets int64 [B, Hkv, S] and widths int32 [B, Hkv, S].
     """
-    _check(x)
+    _check_dense(x)
     batch, heads, tokens, head_dim = x.shape
     bitmap = _empty_bitmap(x)
     slices, words = bitmap.shape[2], bitmap.shape[4]
@@ -236,7 +249,7 @@ def decompress(
     head_dim: int,
 ) -> torch.Tensor:
     """The dense [B, Hkv, T, D] of either layout, zeros where nothing was kept."""
-    _check(values)
+    _check_dtype(values)
     batch, heads, slices, _, words = bitmap.shape
     out = values.new_empty((batch, heads, tokens, head_dim))
     tiles = batch * heads * triton.cdiv(tokens, SLICE_TOKENS) * (SLICE_TOKENS // TILE_ROWS)

@@ -61,15 +61,16 @@ struct ValueOutputParams {
 //   a position is visible if starts[b] <= position and position >= total - sliding_window (when that is > 0).
 // A sequence with no visible position gives zeros.
 struct DecodeAttentionParams {
-  const void* q;           // [B, H, D]
-  void* out;               // [B, H, D]
-  CompressedView key;      // S slices
-  CompressedView value;    // S slices; layout and width may differ from the keys'
-  const void* k_window;    // [B, Hkv, window_capacity, D]
-  const void* v_window;    // [B, Hkv, window_capacity, D]
-  const int32_t* lengths;  // [B, 2] contiguous: compressed tokens (<= 64 S), window tokens (<= window_capacity)
-  const int32_t* starts;   // [B] contiguous, or null
-  void* workspace;         // CUDA: decode_attention_workspace_bytes() bytes
+  const void* q;         // [B, H, D]
+  void* out;             // [B, H, D]
+  CompressedView key;    // S slices
+  CompressedView value;  // S slices; layout and width may differ from the keys'
+  const void* k_window;  // [B, Hkv, window_capacity, D]
+  const void* v_window;  // [B, Hkv, window_capacity, D]
+  const int32_t*
+      lengths;  // [B, 2] contiguous: compressed tokens (<= 64 S), window tokens (<= window_capacity)
+  const int32_t* starts;  // [B] contiguous, or null
+  void* workspace;        // CUDA: decode_attention_workspace_bytes() bytes
   int64_t q_batch_stride, q_head_stride;
   int64_t out_batch_stride, out_head_stride;
   int64_t k_window_batch_stride, k_window_head_stride, k_window_token_stride;

@@ -1,0 +1,140 @@
+// CPU implementations of torch.ops.mustafar.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../../kernel/cpu/ops.h"
+#include "checks.h"
+
+namespace mustafar {
+
+std::string simd_level() { return cpu::simd_level(); }
+
+namespace {
+
+void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+  at::parallel_for(0, n, 1, body);
+}
+
+void check_dense(const at::Tensor& x) {
+  check_dim(x, 4, "x", "[B, Hkv, T, D]");
+  check_head_dim(x.size(3));
+  check_rows(x, "x");
+  dtype_of(x, "x");
+}
+
+at::Tensor empty_bitmap(const at::Tensor& x) {
+  return at::empty({x.size(0), x.size(1), slices_for(x.size(2)), kSliceTokens, words_for(x.size(3))},
+                   x.options().dtype(at::kLong));
+}
+
+// The fields that PruneCompressParams and CompressParams have in common.
+template <typename Params>
+Params dense_params(const at::Tensor& x, const at::Tensor& bitmap) {
+  Params p{};
+  p.x = x.const_data_ptr();
+  p.bitmap = reinterpret_cast<uint64_t*>(bitmap.mutable_data_ptr<int64_t>());
+  p.tokens = x.size(2);
+  p.x_batch_stride = x.stride(0), p.x_head_stride = x.stride(1), p.x_token_stride = x.stride(2);
+  p.batch = x.size(0), p.kv_heads = x.size(1), p.head_dim = x.size(3), p.slices = bitmap.size(2);
+  p.dtype = dtype_of(x, "x");
+  return p;
+}
+
+std::tuple<at::Tensor, at::Tensor> prune_compress(const at::Tensor& x, int64_t k) {
+  check_dense(x);
+  TORCH_CHECK_VALUE(k >= 1 && k <= x.size(3), "k: expected 1 to ", x.size(3), " values kept per row, got ",
+                    k);
+  const int64_t vectors = (k + kVectorValues - 1) / kVectorValues;
+  at::Tensor bitmap = empty_bitmap(x);
+  at::Tensor values =
+      at::empty({x.size(0), x.size(1), bitmap.size(2), vectors, kSliceTokens, kVectorValues}, x.options());
+  auto p = dense_params<cpu::PruneCompressParams>(x, bitmap);
+  p.values = values.mutable_data_ptr();
+  p.k = k;
+  p.width = vectors * kVectorValues;
+  cpu::prune_compress(p, parallel);
+  return {bitmap, values};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> compress(const at::Tensor& x) {
+  check_dense(x);
+  at::Tensor bitmap = empty_bitmap(x);
+  at::Tensor widths = at::empty({x.size(0), x.size(1), bitmap.size(2)}, x.options().dtype(at::kInt));
+  at::Tensor offsets = at::empty(widths.sizes(), x.options().dtype(at::kLong));
+  auto p = dense_params<cpu::CompressParams>(x, bitmap);
+  p.widths = widths.mutable_data_ptr<int32_t>();
+  cpu::compress_count(p, parallel);
+  int64_t total = 0;
+  int64_t* offset = offsets.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < widths.numel(); ++i) {
+    offset[i] = total;
+    total += static_cast<int64_t>(p.widths[i]) * kSliceTokens;
+  }
+  at::Tensor values = at::empty({total}, x.options());
+  p.offsets = offset;
+  p.values = values.mutable_data_ptr();
+  cpu::compress_fill(p, parallel);
+  return {bitmap, values, offsets, widths};
+}
+
+at::Tensor decompress(const at::Tensor& bitmap, const at::Tensor& values, const OptionalTensor& offsets,
+                      const OptionalTensor& widths, int64_t tokens, int64_t head_dim) {
+  const CompressedArgs c{"c", bitmap, values, offsets, widths};
+  cpu::DecompressParams p{};
+  p.dtype = dtype_of(values, "values");
+  p.in = view_of(c, head_dim, values.scalar_type());
+  check_tokens(tokens, c);
+  at::Tensor out = at::empty({c.batch(), c.kv_heads(), tokens, head_dim}, values.options());
+  p.out = out.mutable_data_ptr();
+  p.tokens = tokens;
+  p.batch = c.batch(), p.kv_heads = c.kv_heads(), p.head_dim = head_dim, p.slices = c.slices();
+  cpu::decompress(p, parallel);
+  return out;
+}
+
+at::Tensor key_scores(const at::Tensor& q, const at::Tensor& bitmap, const at::Tensor& values,
+                      const OptionalTensor& offsets, const OptionalTensor& widths, int64_t tokens) {
+  const CompressedArgs key{"key", bitmap, values, offsets, widths};
+  at::Tensor scores = check_key_scores(q, key, tokens);
+  cpu::key_scores(key_scores_params(q, key, tokens, scores), parallel);
+  return scores;
+}
+
+at::Tensor value_output(const at::Tensor& p, const at::Tensor& bitmap, const at::Tensor& values,
+                        const OptionalTensor& offsets, const OptionalTensor& widths, int64_t head_dim) {
+  const CompressedArgs value{"value", bitmap, values, offsets, widths};
+  at::Tensor out = check_value_output(p, value, head_dim);
+  cpu::value_output(value_output_params(p, value, head_dim, out), parallel);
+  return out;
+}
+
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k_bitmap, const at::Tensor& k_values,
+                            const OptionalTensor& k_offsets, const OptionalTensor& k_widths,
+                            const at::Tensor& v_bitmap, const at::Tensor& v_values,
+                            const OptionalTensor& v_offsets, const OptionalTensor& v_widths,
+                            const at::Tensor& k_window, const at::Tensor& v_window, const at::Tensor& lengths,
+                            const OptionalTensor& starts, double scale, int64_t sliding_window,
+                            const OptionalTensor& workspace) {
+  check_dim(q, 3, "q", "[B, H, D]");
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  cpu::decode_attention(decode_attention_params(q, {"key", k_bitmap, k_values, k_offsets, k_widths},
+                                                {"value", v_bitmap, v_values, v_offsets, v_widths}, k_window,
+                                                v_window, lengths, starts, scale, sliding_window, out),
+                        parallel);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mustafar, CPU, m) {
+  m.impl("prune_compress", &prune_compress);
+  m.impl("compress", &compress);
+  m.impl("decompress", &decompress);
+  m.impl("key_scores", &key_scores);
+  m.impl("value_output", &value_output);
+  m.impl("decode_attention", &decode_attention);
+}
+
+}  // namespace mustafar

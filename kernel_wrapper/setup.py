@@ -1,0 +1,78 @@
+"""Builds the package `mustafar` with its native extension `mustafar._C`.
+
+CUDA kernels are compiled where torch has CUDA and nvcc is found, the CPU kernels everywhere. Environment:
+
+MUSTAFAR_CUDA=0        leave the CUDA kernels out
+TORCH_CUDA_ARCH_LIST   GPU architectures, e.g. "8.0;9.0" (default: the GPUs present, else 8.0 to 9.0 and PTX)
+MAX_JOBS               compiler processes at a time
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+except ModuleNotFoundError:
+    # `pip install -e .` builds in an isolated environment without torch; the extension must be built against the
+    # installed one anyway, so look where that lives.
+    sys.path.append(sysconfig.get_path("purelib"))
+    try:
+        import torch
+    except ModuleNotFoundError:
+        sys.exit("mustafar is built against the installed torch: pip install torch==2.13.0 first")
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).resolve().parent
+KERNEL = Path("..") / "kernel"
+ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+
+
+def sources(folder: Path, *patterns: str) -> list[str]:
+    """Files of `folder` (relative to this one) that match, in a stable order."""
+    return sorted(str(folder / path.name) for p in patterns for path in (HERE / folder).glob(p))
+
+
+def with_cuda() -> bool:
+    if os.environ.get("MUSTAFAR_CUDA") == "0" or torch.version.cuda is None:
+        return False
+    if cpp_extension.CUDA_HOME is None:
+        print(
+            f"mustafar: torch has CUDA {torch.version.cuda} but no nvcc was found (CUDA_HOME is not set): "
+            "building the CPU kernels only",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def extension() -> cpp_extension.CppExtension:
+    cxx = ["-O3", "-std=c++20"]
+    common = sources(Path("csrc"), "bindings.cpp", "ops_cpu.cpp") + sources(KERNEL / "cpu", "*.cpp")
+    headers = [
+        str(path) for folder in ("csrc", "../kernel", "../kernel/cpu", "../kernel/csrc")
+        for path in sorted((HERE / folder).glob("*.[hc]*")) if path.suffix in (".h", ".cuh")
+    ]  # fmt: skip
+    if not with_cuda():
+        files = common + sources(Path("csrc"), "ops_nocuda.cpp")
+        return cpp_extension.CppExtension("mustafar._C", files, depends=headers, extra_compile_args={"cxx": cxx})
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    files = common + sources(Path("csrc"), "ops_cuda.cpp") + sources(KERNEL / "csrc", "*.cu")
+    nvcc = ["-O3", "-std=c++17", "-lineinfo"]
+    return cpp_extension.CUDAExtension(
+        "mustafar._C", files, depends=headers, extra_compile_args={"cxx": cxx, "nvcc": nvcc}
+    )
+
+
+setup(
+    packages=["mustafar", "mustafar.pruning", "mustafar.kernel"],
+    package_dir={"mustafar": "mustafar", "mustafar.kernel": "../kernel"},
+    ext_modules=[extension()],
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+)
