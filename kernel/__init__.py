@@ -1,0 +1,1 @@
+"""Kernels and their evaluation; installed as `mustafar.kernel` by kernel_wrapper/setup.py."""
