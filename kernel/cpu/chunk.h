@@ -1,0 +1,116 @@
+// Chunks of tokens, the unit of work of the ops that multiply: the rows of a chunk are expanded once for all
+// query heads of their KV head.
+//
+// Chunks have a fixed size and fixed boundaries, so that a result depends neither on the number of threads
+// nor on the other sequences of a batch.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "packed.h"
+#include "simd.h"
+
+namespace mustafar::cpu {
+
+constexpr int64_t kChunkTokens = 256;
+// A tile that starts off a multiple of kTileRows may reach past the chunk.
+constexpr int64_t kScoresPitch = kChunkTokens + kTileRows;
+
+// Tokens begin .. end - 1 of one KV head.
+struct Chunk {
+  int64_t b, h, begin, end;
+  bool in_window;
+};
+
+inline void append_chunks(std::vector<Chunk>& chunks, int64_t b, int64_t h, int64_t begin, int64_t end,
+                          bool in_window) {
+  for (int64_t next; begin < end; begin = next) {
+    next = std::min(end, round_up(begin + 1, kChunkTokens));
+    chunks.push_back({b, h, begin, next, in_window});
+  }
+}
+
+// Dense tokens [B, Hkv, tokens, D] that follow the compressed ones.
+struct WindowView {
+  const void* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// Brings keys or values of a chunk into a float32 tile, a few tokens at a time.
+class TileLoader {
+ public:
+  TileLoader(const Kernels& kernel, const CompressedView& packed, const WindowView& window, int head_dim,
+             DType dtype)
+      : kernel_(kernel),
+        reader_(packed, head_dim, dtype),
+        window_(window),
+        head_dim_(head_dim),
+        dtype_(dtype) {}
+
+  int64_t pitch() const { return reader_.pitch(); }
+
+  // Loads tokens from `token` on and says how many. The columns past D of the tile must be zero.
+  int load(const Chunk& chunk, int64_t token, float* tile) const {
+    const int dtype = static_cast<int>(dtype_);
+    if (!chunk.in_window) {
+      const PackedRows rows = reader_.tile(chunk.b, chunk.h, token, chunk.end);
+      kernel_.expand_float[dtype](rows, tile, pitch());
+      return rows.rows;
+    }
+    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, chunk.end - token));
+    for (int r = 0; r < rows; ++r) {
+      const int64_t start =
+          chunk.b * window_.batch_stride + chunk.h * window_.head_stride + (token + r) * window_.token_stride;
+      kernel_.to_float[dtype](at(window_.data, start, dtype_), tile + r * pitch(), head_dim_);
+    }
+    return rows;
+  }
+
+  // scores[g * kScoresPitch + i] = key of token `begin + i` . query row g
+  void score(const Chunk& chunk, const float* queries, int group, float* tile, float* scores) const {
+    for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
+      rows = load(chunk, token, tile);
+      kernel_.dot(tile, pitch(), queries, group, scores + token - chunk.begin, kScoresPitch);
+    }
+  }
+
+  // sums row g = sum over i of weights[g * kScoresPitch + i] * value of token `begin + i`
+  void weigh(const Chunk& chunk, const float* weights, int group, float* tile, float* sums) const {
+    std::fill_n(sums, group * pitch(), 0.0f);
+    for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
+      rows = load(chunk, token, tile);
+      kernel_.accumulate(tile, pitch(), static_cast<int>(rows), weights + token - chunk.begin, kScoresPitch,
+                         group, sums);
+    }
+  }
+
+ private:
+  const Kernels& kernel_;
+  PackedReader reader_;
+  WindowView window_;
+  int head_dim_;
+  DType dtype_;
+};
+
+// What one thread works with.
+struct ChunkScratch {
+  ChunkScratch(int64_t group, int64_t pitch)
+      : tile(kTileRows * pitch), queries(group * pitch), scores(group * kScoresPitch) {
+    std::fill_n(tile.get(), kTileRows * pitch, 0.0f);
+    std::fill_n(queries.get(), group * pitch, 0.0f);
+  }
+  FloatBuffer tile;     // [kTileRows, pitch]
+  FloatBuffer queries;  // [G, pitch], zero past D
+  FloatBuffer scores;   // [G, kScoresPitch]
+};
+
+// Query heads of one KV head as float32.
+inline void load_queries(const Kernels& kernel, const void* q, int64_t head_stride, int group, int head_dim,
+                         int64_t pitch, DType dtype, float* out) {
+  for (int64_t g = 0; g < group; ++g) {
+    kernel.to_float[static_cast<int>(dtype)](at(q, g * head_stride, dtype), out + g * pitch, head_dim);
+  }
+}
+
+}  // namespace mustafar::cpu

@@ -1,0 +1,108 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "chunk.h"
+#include "ops.h"
+#include "simd.h"
+
+namespace mustafar::cpu {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// Softmax over one chunk alone. Weights are exp(score - max) before the division by their sum.
+struct Partial {
+  float max, sum;
+};
+
+// The visible tokens of every sequence, cut up. Those of KV head h of sequence b are chunks
+// first[b * Hkv + h] .. first[b * Hkv + h + 1] - 1.
+struct Plan {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first;
+
+  explicit Plan(const DecodeAttentionParams& p) : first{0} {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t packed = p.lengths[2 * b], total = packed + p.lengths[2 * b + 1];
+      int64_t start = p.starts != nullptr ? std::max<int64_t>(p.starts[b], 0) : 0;
+      if (p.sliding_window > 0) start = std::max(start, total - p.sliding_window);
+      for (int64_t h = 0; h < p.kv_heads; ++h) {
+        append_chunks(chunks, b, h, start, packed, false);
+        append_chunks(chunks, b, h, std::max<int64_t>(start - packed, 0), total - packed, true);
+        first.push_back(static_cast<int64_t>(chunks.size()));
+      }
+    }
+  }
+};
+
+// Weighted sums of the values of one query head over several chunks: one softmax over all of them.
+// parts and sums are `stride` and `stride * pitch` apart from chunk to chunk.
+void combine(const Partial* parts, const float* sums, int64_t chunks, int64_t stride, int64_t pitch,
+             float* out) {
+  std::fill_n(out, pitch, 0.0f);
+  if (chunks == 0) return;  // nothing visible
+  float max = -kInf;
+  for (int64_t i = 0; i < chunks; ++i) max = std::max(max, parts[i * stride].max);
+  // Only -inf: their weights are 0 and the division below makes NaN of them, as a softmax does.
+  if (max == -kInf) max = 0;
+  float sum = 0;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const float weight = std::exp(parts[i * stride].max - max);
+    sum += weight * parts[i * stride].sum;
+    const float* part = sums + i * stride * pitch;
+    for (int64_t c = 0; c < pitch; ++c) out[c] += weight * part[c];
+  }
+  const float scale = 1 / sum;
+  for (int64_t c = 0; c < pitch; ++c) out[c] *= scale;
+}
+
+}  // namespace
+
+void decode_attention(const DecodeAttentionParams& p, const ParallelFor& parallel) {
+  const Kernels& kernel = kernels();
+  const WindowView k_window{p.k_window, p.k_window_batch_stride, p.k_window_head_stride,
+                            p.k_window_token_stride};
+  const WindowView v_window{p.v_window, p.v_window_batch_stride, p.v_window_head_stride,
+                            p.v_window_token_stride};
+  const TileLoader keys(kernel, p.key, k_window, p.head_dim, p.dtype);
+  const TileLoader values(kernel, p.value, v_window, p.head_dim, p.dtype);
+  const int64_t pitch = keys.pitch();
+  const int group = p.q_heads / p.kv_heads;
+
+  const Plan plan(p);
+  const int64_t count = static_cast<int64_t>(plan.chunks.size());
+  std::vector<Partial> parts(count * group);      // [chunks, G]
+  const FloatBuffer sums(count * group * pitch);  // [chunks, G, pitch]
+  parallel(count, [&](int64_t begin, int64_t end) {
+    const ChunkScratch scratch(group, pitch);
+    float* const scores = scratch.scores.get();
+    for (int64_t i = begin; i < end; ++i) {
+      const Chunk& chunk = plan.chunks[i];
+      load_queries(kernel, at(p.q, chunk.b * p.q_batch_stride + chunk.h * group * p.q_head_stride, p.dtype),
+                   p.q_head_stride, group, p.head_dim, pitch, p.dtype, scratch.queries.get());
+      keys.score(chunk, scratch.queries.get(), group, scratch.tile.get(), scores);
+      for (int64_t g = 0; g < group; ++g) {
+        Partial& part = parts[i * group + g];
+        kernel.softmax(scores + g * kScoresPitch, chunk.end - chunk.begin, p.scale, &part.max, &part.sum);
+      }
+      values.weigh(chunk, scores, group, scratch.tile.get(), sums.get() + i * group * pitch);
+    }
+  });
+
+  parallel(static_cast<int64_t>(p.batch) * p.kv_heads, [&](int64_t begin, int64_t end) {
+    const FloatBuffer out(pitch);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / p.kv_heads, first = plan.first[i];
+      for (int64_t g = 0; g < group; ++g) {
+        combine(parts.data() + first * group + g, sums.get() + (first * group + g) * pitch,
+                plan.first[i + 1] - first, group, pitch, out.get());
+        const int64_t start = b * p.out_batch_stride + (i % p.kv_heads * group + g) * p.out_head_stride;
+        kernel.from_float[static_cast<int>(p.dtype)](out.get(), at(p.out, start, p.dtype), p.head_dim);
+      }
+    }
+  });
+}
+
+}  // namespace mustafar::cpu

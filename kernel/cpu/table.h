@@ -1,0 +1,29 @@
+// The table of functions of one instruction set. Included last by its translation unit.
+#pragma once
+
+#include "dense.h"
+#include "rows.h"
+
+namespace mustafar::cpu {
+namespace {
+
+template <class Simd>
+constexpr Kernels make_kernels(const char* name) {
+  return {
+      name,
+      {expand_rows_float<Simd, Half>, expand_rows_float<Simd, BFloat>, expand_rows_float<Simd, float>},
+      {expand_rows_as_they_are<Simd, Half>, expand_rows_as_they_are<Simd, BFloat>,
+       expand_rows_as_they_are<Simd, float>},
+      {row_to_float<Simd, Half>, row_to_float<Simd, BFloat>, row_to_float<Simd, float>},
+      {row_from_float<Simd, Half>, row_from_float<Simd, BFloat>, row_from_float<Simd, float>},
+      dot<Simd>,
+      accumulate<Simd>,
+      softmax<Simd>,
+      {top_bitmap<Simd, Half>, top_bitmap<Simd, BFloat>, top_bitmap<Simd, float>},
+      {nonzero_bitmap<Simd, Half>, nonzero_bitmap<Simd, BFloat>, nonzero_bitmap<Simd, float>},
+      {pack_rows<Simd, Half>, pack_rows<Simd, BFloat>, pack_rows<Simd, float>},
+  };
+}
+
+}  // namespace
+}  // namespace mustafar::cpu
