@@ -1,0 +1,1 @@
+"""Benchmarks of the accuracy evaluation, one package each."""
