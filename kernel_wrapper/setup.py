@@ -3,6 +3,7 @@
 CUDA kernels are compiled where torch has CUDA and nvcc is found, the CPU kernels everywhere. Environment:
 
 MUSTAFAR_CUDA=0        leave the CUDA kernels out
+MUSTAFAR_EXT=0         leave the whole extension out (build/Makefile, which builds it in place, incrementally)
 TORCH_CUDA_ARCH_LIST   GPU architectures, e.g. "8.0;9.0" (default: the GPUs present, else 8.0 to 9.0 and PTX)
 MAX_JOBS               compiler processes at a time
 """
@@ -73,6 +74,6 @@ def extension() -> cpp_extension.CppExtension:
 setup(
     packages=["mustafar", "mustafar.pruning", "mustafar.kernel"],
     package_dir={"mustafar": "mustafar", "mustafar.kernel": "../kernel"},
-    ext_modules=[extension()],
+    ext_modules=[] if os.environ.get("MUSTAFAR_EXT") == "0" else [extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

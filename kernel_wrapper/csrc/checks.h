@@ -74,6 +74,7 @@ inline void check_alignment(const at::Tensor& tensor, const char* name) {
 }
 
 inline void check_inner(const at::Tensor& tensor, int64_t from, const char* name, const char* part) {
+  if (tensor.numel() == 0) return;
   int64_t expected = 1;
   for (int64_t d = tensor.dim() - 1; d >= from; --d) {
     TORCH_CHECK_VALUE(tensor.size(d) <= 1 || tensor.stride(d) == expected, name, ".", part,

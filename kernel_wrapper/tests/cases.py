@@ -6,6 +6,7 @@ import torch
 
 from mustafar import reference
 from mustafar.format import CompressedTensor
+from mustafar.testing import accuracy
 
 PATTERNS = ("normal", "outliers", "ties", "zeros", "long_runs", "one_word", "full_and_empty")
 
@@ -50,15 +51,7 @@ def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def assert_as_accurate(got: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> None:
-    """`got` is at most twice as far from `exact` (float32) as PyTorch's own result in the same dtype.
-
-    The floor allows one rounding of the largest result: PyTorch's error may happen to be zero.
-    """
-    exact = exact.cpu().float()
-    assert torch.isfinite(exact).all() and torch.isfinite(got.float()).all()
-    error = (got.cpu().float() - exact).abs().max() if exact.numel() else torch.tensor(0.0)
-    peer = (same_dtype.cpu().float() - exact).abs().max() if exact.numel() else torch.tensor(0.0)
-    floor = exact.abs().max() * torch.finfo(got.dtype).eps if exact.numel() else torch.tensor(0.0)
-    if got.dtype == torch.float32:
-        floor = floor * 8  # sums in another order
-    assert error <= 2 * peer + floor, f"error {error:.3g}, PyTorch {peer:.3g}, floor {floor:.3g}"
+    """`got` is at most twice as far from `exact` (float32) as PyTorch's own result in the same dtype."""
+    assert torch.isfinite(exact).all()
+    result = accuracy(got, same_dtype, exact)
+    assert result.ok, str(result)
