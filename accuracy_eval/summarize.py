@@ -74,7 +74,8 @@ def table(runs: list[Run], tasks: list[str]) -> str:
     """A Markdown table, a row a data set and a column a run."""
     lines = [["data set", "rows", *(run.label for run in runs)]]
     lines += [
-        [task, str(runs[0].rows.get(task, "-")), *(f"{run.scores[task]:.2f}" for run in runs)] for task in tasks
+        [task, str(runs[0].rows.get(task, "-")), *(f"{run.scores[task]:.2f}" for run in runs)]
+        for task in tasks
     ]
     lines.append(["average", "", *(f"{average(run, tasks):.2f}" for run in runs)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -99,7 +100,9 @@ def plot(runs: list[Run], tasks: list[str], path: Path) -> None:
     for i, run in enumerate(runs):
         values = [*(run.scores[task] for task in tasks), average(run, tasks)]
         places = [n + (i - (len(runs) - 1) / 2) * width for n in range(len(values))]
-        bars = axes.bar(places, values, width * 0.92, label=run.label, color=colours(0.15 + 0.7 * i / len(runs)))
+        bars = axes.bar(
+            places, values, width * 0.92, label=run.label, color=colours(0.15 + 0.7 * i / len(runs))
+        )
         axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
     axes.set_xticks(range(len(tasks) + 1), [*tasks, "average"], rotation=15, ha="right")
     axes.axvline(len(tasks) - 0.5, color="0.7", linewidth=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 #: Without these nothing runs; the rest is needed by the evaluation, the tests or the build only.
 NEEDED = {"torch", "transformers", "setuptools"}
@@ -12,7 +13,7 @@ NEEDED = {"torch", "transformers", "setuptools"}
 
 def main(path: str) -> None:
     missing, other = [], []
-    for line in open(path, encoding="utf-8"):
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         match = re.match(r"([\w-]+)(==([\w.]+))?", line)
         if not match:
             continue

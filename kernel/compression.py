@@ -250,7 +250,7 @@ def decompress(
 ) -> torch.Tensor:
     """The dense [B, Hkv, T, D] of either layout, zeros where nothing was kept."""
     _check_dtype(values)
-    batch, heads, slices, _, words = bitmap.shape
+    batch, heads, _, _, words = bitmap.shape
     out = values.new_empty((batch, heads, tokens, head_dim))
     tiles = batch * heads * triton.cdiv(tokens, SLICE_TOKENS) * (SLICE_TOKENS // TILE_ROWS)
     if not tiles:

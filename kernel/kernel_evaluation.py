@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-
 from mustafar import CompressedTensor, num_kept, ops, pruning, reference
 from mustafar.format import check_sparsity
 from mustafar.testing import accuracy
+from safetensors.torch import load_file, save_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -42,7 +41,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7], help="fractions of zeros")
     parser.add_argument("--k_rule", default="Kt_Mag", help="pruning rule of the keys")
     parser.add_argument("--v_rule", default="Vt_Mag", help="pruning rule of the values")
-    parser.add_argument("--group_size", type=int, default=32, help="tokens ranked together by channel-wise rules")
+    parser.add_argument(
+        "--group_size", type=int, default=32, help="tokens ranked together by channel-wise rules"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", metavar="FILE", help="keep the last compressed cache here (safetensors)")
@@ -162,7 +163,9 @@ def fused(problem: Problem, k: CompressedTensor, v: CompressedTensor) -> torch.T
 
 def save_and_verify(k: CompressedTensor, v: CompressedTensor, keep: str | None) -> int:
     """Write the cache to a safetensors file, read it back, compare; the file's bytes. Raises on a difference."""
-    state = {f"{name}.{part}": t.cpu() for name, c in (("k", k), ("v", v)) for part, t in c.state_dict().items()}
+    state = {
+        f"{name}.{part}": t.cpu() for name, c in (("k", k), ("v", v)) for part, t in c.state_dict().items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(keep or Path(folder) / "cache.safetensors")
         save_file(state, path)
@@ -171,7 +174,8 @@ def save_and_verify(k: CompressedTensor, v: CompressedTensor, keep: str | None) 
             parts = {n.removeprefix(f"{name}."): t for n, t in loaded.items() if n.startswith(f"{name}.")}
             again = CompressedTensor.from_state_dict(parts)
             if not torch.equal(
-                reference.as_bits(reference.decompress(again)), reference.as_bits(reference.decompress(c)).cpu()
+                reference.as_bits(reference.decompress(again)),
+                reference.as_bits(reference.decompress(c)).cpu(),
             ):
                 raise RuntimeError(f"{path}: the reloaded cache differs from the saved one")
         return path.stat().st_size

@@ -61,7 +61,9 @@ def extension() -> cpp_extension.CppExtension:
     ]  # fmt: skip
     if not with_cuda():
         files = common + sources(Path("csrc"), "ops_nocuda.cpp")
-        return cpp_extension.CppExtension("mustafar._C", files, depends=headers, extra_compile_args={"cxx": cxx})
+        return cpp_extension.CppExtension(
+            "mustafar._C", files, depends=headers, extra_compile_args={"cxx": cxx}
+        )
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     files = common + sources(Path("csrc"), "ops_cuda.cpp") + sources(KERNEL / "csrc", "*.cu")

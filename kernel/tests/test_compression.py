@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from mustafar import num_kept, reference
 from mustafar.format import CompressedTensor
 

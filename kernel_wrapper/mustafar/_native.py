@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension's)
+import torch
 
 BUILD_HINT = "build it with `make -C build ext` (or `pip install -e kernel_wrapper`)"
 

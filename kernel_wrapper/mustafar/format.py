@@ -134,9 +134,7 @@ class CompressedTensor:
     def to(self, *args: Any, **kwargs: Any) -> CompressedTensor:
         """Copy to another device (as `Tensor.to`; the dtype stays)."""
         moved = {
-            name: part.to(*args, **kwargs)
-            for name, part in self.state_dict().items()
-            if name != "shape"
+            name: part.to(*args, **kwargs) for name, part in self.state_dict().items() if name != "shape"
         }
         if moved["values"].dtype != self.dtype:
             raise ValueError(f"to() moves between devices; it cannot change dtype {self.dtype}")
@@ -175,7 +173,10 @@ def _check_structure(c: CompressedTensor) -> None:
     )
     lead = tuple(c.bitmap.shape[:3])
     _expect(
-        (c.offsets is None) == (c.widths is None), "offsets and widths", "both or neither", (c.offsets, c.widths)
+        (c.offsets is None) == (c.widths is None),
+        "offsets and widths",
+        "both or neither",
+        (c.offsets, c.widths),
     )
     _expect(c.bitmap.device == c.values.device, "values.device", str(c.bitmap.device), c.values.device)
     if c.is_uniform:
@@ -208,7 +209,12 @@ def _check_contents(c: CompressedTensor) -> None:
         _expect(most <= width, "bitmap", f"at most {width} (the width) set bits in a row", most)
         return
     widths = c.widths.to(torch.int64)
-    _expect(bool(((widths >= 0) & (widths % VECTOR_VALUES == 0)).all()), "widths", "multiples of 8 from 0", c.widths)
+    _expect(
+        bool(((widths >= 0) & (widths % VECTOR_VALUES == 0)).all()),
+        "widths",
+        "multiples of 8 from 0",
+        c.widths,
+    )
     _expect(
         bool((counts.amax(-1) <= widths).all()) if counts.numel() else True,
         "widths",
@@ -218,7 +224,10 @@ def _check_contents(c: CompressedTensor) -> None:
     ends = c.offsets + widths * SLICE_TOKENS
     inside = (c.offsets >= 0) & (c.offsets % VECTOR_VALUES == 0) & (ends <= c.values.numel())
     _expect(
-        bool(inside.all()), "offsets", f"multiples of 8 with slices inside {c.values.numel()} values", "others"
+        bool(inside.all()),
+        "offsets",
+        f"multiples of 8 with slices inside {c.values.numel()} values",
+        "others",
     )
 
 

@@ -112,7 +112,9 @@ def decode_attention_workspace(
 ) -> torch.Tensor:
     """Memory for `decode_attention` of queries like `q` [B, H, D] over up to `slices` slices of 64 tokens."""
     with torch.cuda.device(q.device if q.is_cuda else -1):
-        size = _ops.decode_attention_workspace_size(*q.shape[:2], kv_heads, q.shape[2], slices, window_capacity)
+        size = _ops.decode_attention_workspace_size(
+            *q.shape[:2], kv_heads, q.shape[2], slices, window_capacity
+        )
     return torch.empty(size, dtype=torch.uint8, device=q.device)
 
 
@@ -142,17 +144,38 @@ def _(x: torch.Tensor):
 
 
 @torch.library.register_fake("mustafar::decompress")
-def _(bitmap: torch.Tensor, values: torch.Tensor, offsets: Optional, widths: Optional, tokens: int, head_dim: int):
+def _(
+    bitmap: torch.Tensor,
+    values: torch.Tensor,
+    offsets: Optional,
+    widths: Optional,
+    tokens: int,
+    head_dim: int,
+):
     return values.new_empty((bitmap.shape[0], bitmap.shape[1], tokens, head_dim))
 
 
 @torch.library.register_fake("mustafar::key_scores")
-def _(q: torch.Tensor, bitmap: torch.Tensor, values: torch.Tensor, offsets: Optional, widths: Optional, tokens: int):
+def _(
+    q: torch.Tensor,
+    bitmap: torch.Tensor,
+    values: torch.Tensor,
+    offsets: Optional,
+    widths: Optional,
+    tokens: int,
+):
     return q.new_empty((q.shape[0], q.shape[1], tokens))
 
 
 @torch.library.register_fake("mustafar::value_output")
-def _(p: torch.Tensor, bitmap: torch.Tensor, values: torch.Tensor, offsets: Optional, widths: Optional, head_dim: int):
+def _(
+    p: torch.Tensor,
+    bitmap: torch.Tensor,
+    values: torch.Tensor,
+    offsets: Optional,
+    widths: Optional,
+    head_dim: int,
+):
     return p.new_empty((p.shape[0], p.shape[1], head_dim))
 
 
@@ -173,7 +196,9 @@ def _register_triton() -> None:
         compression = None
 
     def needs_triton(*args: object) -> None:
-        raise ImportError("compression on a GPU is written in Triton, which is not installed: pip install triton")
+        raise ImportError(
+            "compression on a GPU is written in Triton, which is not installed: pip install triton"
+        )
 
     for name in ("prune_compress", "compress", "decompress"):
         torch.library.impl(f"mustafar::{name}", "CUDA")(getattr(compression, name, needs_triton))

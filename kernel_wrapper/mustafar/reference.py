@@ -19,7 +19,9 @@ def magnitude_keep(x: torch.Tensor, kept: int) -> torch.Tensor:
     magnitude = x.float().abs()
     rank_above_inf = torch.where(magnitude.isnan(), torch.inf, 0.0)
     # Two stable sorts: by magnitude first, then NaN before everything; equal entries keep their channel order.
-    order = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(dim=-1, descending=True, stable=True)
+    order = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(
+        dim=-1, descending=True, stable=True
+    )
     nan_first = rank_above_inf.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, nan_first)
     keep = torch.zeros_like(x, dtype=torch.bool)
@@ -123,7 +125,9 @@ def value_output(p: torch.Tensor, c: CompressedTensor) -> torch.Tensor:
     return torch.einsum("bht,bhtd->bhd", p.float(), values)
 
 
-def visible(lengths: torch.Tensor, starts: torch.Tensor | None, sliding_window: int, size: int) -> torch.Tensor:
+def visible(
+    lengths: torch.Tensor, starts: torch.Tensor | None, sliding_window: int, size: int
+) -> torch.Tensor:
     """Which of `size` positions each sequence may attend to: bool [B, size]."""
     position = torch.arange(size, device=lengths.device)
     total = lengths.sum(-1, keepdim=True)

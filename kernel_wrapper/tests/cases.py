@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from mustafar import reference
 from mustafar.format import CompressedTensor
 from mustafar.testing import accuracy
@@ -34,9 +33,7 @@ def rows(pattern: str, batch: int, heads: int, tokens: int, head_dim: int, seed:
     return x
 
 
-def compressed(
-    x: torch.Tensor, layout: str, kept: int, device: str | torch.device
-) -> CompressedTensor:
+def compressed(x: torch.Tensor, layout: str, kept: int, device: str | torch.device) -> CompressedTensor:
     """x packed by the reference: 'uniform' prunes to `kept` per row, 'general' keeps all non-zeros."""
     c = reference.prune_compress(x, kept) if layout == "uniform" else reference.compress(x)
     return c.to(device)

@@ -11,7 +11,6 @@ import torch
 from cases import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mustafar import CompressedTensor, num_kept, ops, reference
 from mustafar.format import popcount, slices_for, width_for
 
@@ -75,7 +74,9 @@ def test_magnitude_keep_against_sorting_by_hand(x, sparsity):
     kept = num_kept(sparsity, x.shape[3])
     keep = reference.magnitude_keep(x, kept)
     for row, picked in list(zip(x.flatten(0, 2).tolist(), keep.flatten(0, 2).tolist(), strict=True))[:4]:
-        order = sorted(range(len(row)), key=lambda c: (row[c] == row[c], -abs(row[c]) if row[c] == row[c] else 0, c))
+        order = sorted(
+            range(len(row)), key=lambda c: (row[c] == row[c], -abs(row[c]) if row[c] == row[c] else 0, c)
+        )
         assert {c for c, p in enumerate(picked) if p} == set(order[:kept])
 
 

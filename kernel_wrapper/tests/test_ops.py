@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from cases import PATTERNS, assert_as_accurate, assert_same_bits, compressed, rows
-
 from mustafar import num_kept, ops, reference
 from mustafar.format import CompressedTensor
 
@@ -57,7 +56,9 @@ def test_compression_of_special_values(target):
 
 def test_prune_compress_reads_strided_rows(target):
     device, dtype = target
-    x = rows("normal", 2, 70, 3, 64).to(dtype).to(device).transpose(1, 2)  # [2, 3, 70, 64], heads inside tokens
+    x = (
+        rows("normal", 2, 70, 3, 64).to(dtype).to(device).transpose(1, 2)
+    )  # [2, 3, 70, 64], heads inside tokens
     assert not x.is_contiguous()
     same_tensor(ops.prune_compress(x, 20), reference.prune_compress(x.cpu(), 20))
     same_tensor(ops.compress(x), reference.compress(x.cpu()))
@@ -98,7 +99,9 @@ def test_spmv(target, shape, group, layout):
     assert_as_accurate(ops.value_output(p, c), peer, reference.value_output(p.cpu(), c.to("cpu")))
 
 
-def attention_case(device, dtype, *, batch=2, heads=2, group=4, tokens=130, head_dim=128, window=40, **options):
+def attention_case(
+    device, dtype, *, batch=2, heads=2, group=4, tokens=130, head_dim=128, window=40, **options
+):
     """Arguments of decode_attention, and the same on the CPU."""
     pattern, k_layout = options.get("pattern", "outliers"), options.get("k_layout", "uniform")
     v_layout = options.get("v_layout", k_layout)
@@ -116,7 +119,9 @@ def attention_case(device, dtype, *, batch=2, heads=2, group=4, tokens=130, head
         "starts": None if starts is None else torch.tensor(starts, dtype=torch.int32),
         "sliding_window": options.get("sliding_window", 0),
     }  # fmt: skip
-    there = {n: a.to(device) if isinstance(a, torch.Tensor | CompressedTensor) else a for n, a in host.items()}
+    there = {
+        n: a.to(device) if isinstance(a, torch.Tensor | CompressedTensor) else a for n, a in host.items()
+    }
     return there, host
 
 
@@ -202,7 +207,9 @@ def test_decode_attention_nan(target, where):
     expect_nan = where in ("visible_key", "visible_value", "window")
     assert bool(exact.isnan().any()) == expect_nan
     assert_as_accurate(
-        got.nan_to_num(nan=0.0), same_dtype_attention(host, dtype).nan_to_num(nan=0.0), exact.nan_to_num(nan=0.0)
+        got.nan_to_num(nan=0.0),
+        same_dtype_attention(host, dtype).nan_to_num(nan=0.0),
+        exact.nan_to_num(nan=0.0),
     )
 
 
