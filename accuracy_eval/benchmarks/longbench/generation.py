@@ -26,6 +26,7 @@ class Predictor:
         generation = self.model.generation_config
         generation.do_sample, generation.num_beams = False, 1
         generation.temperature = generation.top_p = generation.top_k = None
+        generation.max_length = type(generation)().max_length  # max_new_tokens is what counts
         self.pad = next(
             (
                 i

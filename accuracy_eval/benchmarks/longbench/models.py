@@ -61,7 +61,8 @@ def inspect_model(model: str) -> ModelInfo:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot read the model {model}: {_first_lines(error)}") from None
+        hint = "" if local else "\nWithout a network give the folder of a downloaded copy instead of a hub id."
+        raise UserError(f"cannot read the model {model}: {_first_lines(error)}{hint}") from None
     fingerprint = _fingerprint(folder) if local else getattr(config, "_commit_hash", None)
     return ModelInfo(Path(path).name, path, config, tokenizer, fingerprint)
 
