@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "packed.h"
@@ -37,11 +38,11 @@ struct WindowView {
   int64_t batch_stride, head_stride, token_stride;
 };
 
-// Brings keys or values of a chunk into a float32 tile, a few tokens at a time.
-class TileLoader {
+// Multiplies with the keys or values of a chunk, a tile of a few dense rows at a time.
+class ChunkReader {
  public:
-  TileLoader(const Kernels& kernel, const CompressedView& packed, const WindowView& window, int head_dim,
-             DType dtype)
+  ChunkReader(const Kernels& kernel, const CompressedView& packed, const WindowView& window, int head_dim,
+              DType dtype)
       : kernel_(kernel),
         reader_(packed, head_dim, dtype),
         window_(window),
@@ -50,42 +51,45 @@ class TileLoader {
 
   int64_t pitch() const { return reader_.pitch(); }
 
-  // Loads tokens from `token` on and says how many. The columns past D of the tile must be zero.
-  int load(const Chunk& chunk, int64_t token, float* tile) const {
-    const int dtype = static_cast<int>(dtype_);
+  // scores[g * kScoresPitch + i] = key of token `begin + i` . query row g
+  void score(const Chunk& chunk, const float* queries, int group, void* tile, float* scores) const {
+    for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
+      rows = load(chunk, token, tile);
+      kernel_.dot[dtype()](tile, pitch(), queries, group, scores + token - chunk.begin, kScoresPitch);
+    }
+  }
+
+  // sums row g = sum over i of weights[g * kScoresPitch + i] * value of token `begin + i`
+  void weigh(const Chunk& chunk, const float* weights, int group, void* tile, float* sums) const {
+    std::fill_n(sums, group * pitch(), 0.0f);
+    for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
+      rows = load(chunk, token, tile);
+      kernel_.accumulate[dtype()](tile, pitch(), static_cast<int>(rows), weights + token - chunk.begin,
+                                  kScoresPitch, group, sums);
+    }
+  }
+
+ private:
+  int dtype() const { return static_cast<int>(dtype_); }
+
+  // Brings tokens from `token` on into the tile and says how many. The columns past D of the tile must be
+  // zero.
+  int load(const Chunk& chunk, int64_t token, void* tile) const {
     if (!chunk.in_window) {
       const PackedRows rows = reader_.tile(chunk.b, chunk.h, token, chunk.end);
-      kernel_.expand_float[dtype](rows, tile, pitch());
+      kernel_.expand[dtype()](rows, tile, pitch());
       return rows.rows;
     }
     const int rows = static_cast<int>(std::min<int64_t>(kTileRows, chunk.end - token));
     for (int r = 0; r < rows; ++r) {
       const int64_t start =
           chunk.b * window_.batch_stride + chunk.h * window_.head_stride + (token + r) * window_.token_stride;
-      kernel_.to_float[dtype](at(window_.data, start, dtype_), tile + r * pitch(), head_dim_);
+      std::memcpy(at(tile, r * pitch(), dtype_), at(window_.data, start, dtype_),
+                  head_dim_ * element_size(dtype_));
     }
     return rows;
   }
 
-  // scores[g * kScoresPitch + i] = key of token `begin + i` . query row g
-  void score(const Chunk& chunk, const float* queries, int group, float* tile, float* scores) const {
-    for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
-      rows = load(chunk, token, tile);
-      kernel_.dot(tile, pitch(), queries, group, scores + token - chunk.begin, kScoresPitch);
-    }
-  }
-
-  // sums row g = sum over i of weights[g * kScoresPitch + i] * value of token `begin + i`
-  void weigh(const Chunk& chunk, const float* weights, int group, float* tile, float* sums) const {
-    std::fill_n(sums, group * pitch(), 0.0f);
-    for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
-      rows = load(chunk, token, tile);
-      kernel_.accumulate(tile, pitch(), static_cast<int>(rows), weights + token - chunk.begin, kScoresPitch,
-                         group, sums);
-    }
-  }
-
- private:
   const Kernels& kernel_;
   PackedReader reader_;
   WindowView window_;
@@ -100,7 +104,7 @@ struct ChunkScratch {
     std::fill_n(tile.get(), kTileRows * pitch, 0.0f);
     std::fill_n(queries.get(), group * pitch, 0.0f);
   }
-  FloatBuffer tile;     // [kTileRows, pitch]
+  FloatBuffer tile;     // [kTileRows, pitch] of any element type, zero past D
   FloatBuffer queries;  // [G, pitch], zero past D
   FloatBuffer scores;   // [G, kScoresPitch]
 };

@@ -66,8 +66,8 @@ void decode_attention(const DecodeAttentionParams& p, const ParallelFor& paralle
                             p.k_window_token_stride};
   const WindowView v_window{p.v_window, p.v_window_batch_stride, p.v_window_head_stride,
                             p.v_window_token_stride};
-  const TileLoader keys(kernel, p.key, k_window, p.head_dim, p.dtype);
-  const TileLoader values(kernel, p.value, v_window, p.head_dim, p.dtype);
+  const ChunkReader keys(kernel, p.key, k_window, p.head_dim, p.dtype);
+  const ChunkReader values(kernel, p.value, v_window, p.head_dim, p.dtype);
   const int64_t pitch = keys.pitch();
   const int group = p.q_heads / p.kv_heads;
 

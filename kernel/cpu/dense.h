@@ -1,10 +1,9 @@
-// Float32 loops over a tile of dense rows, generic over the vectors of an instruction set.
+// Loops over a tile of dense rows, in float32 arithmetic, generic over the vectors of an instruction set.
 //
 // Included by the translation unit of each instruction set, which compiles its own copy. `Simd` provides
-//   Vec, kLanes, zero, set1, load, store (unaligned), add, mul, max, fma(a, b, c) = a * b + c,
-//   exp2_scale(p, t): p * 2^n where t = 1.5 * 2^23 + n,
-//   store_sums<R, G>(acc, scores, ld): scores[g * ld + r] = sum of the lanes of acc[g * R + r]; R * G =
-//   kLanes.
+//   Vec, kLanes, zero, set1, load (of any element type) and store (unaligned), add, mul, max, fma(a, b, c) =
+//   a * b + c, exp2_scale(p, t): p * 2^n where t = 1.5 * 2^23 + n, store_sums<R, G>(acc, scores, ld):
+//   scores[g * ld + r] = sum of the lanes of acc[g * R + r]; R * G = kLanes.
 #pragma once
 
 #include <cmath>
@@ -16,36 +15,37 @@ namespace mustafar::cpu {
 namespace {
 
 // R * G accumulators: enough independent chains to hide the latency of fma, few enough for the registers.
-template <class Simd, int G>
-void dot_heads(const float* tile, int64_t pitch, const float* q, float* scores, int64_t ld) {
+template <class Simd, class T, int G>
+void dot_heads(const T* tile, int64_t pitch, const float* q, float* scores, int64_t ld) {
   constexpr int R = Simd::kLanes / G;
   for (int row = 0; row < kTileRows; row += R) {
-    const float* rows = tile + row * pitch;
+    const T* rows = tile + row * pitch;
     typename Simd::Vec acc[R * G];
     for (auto& sum : acc) sum = Simd::zero();
     for (int64_t c = 0; c < pitch; c += Simd::kLanes) {
+      typename Simd::Vec key[R];
+      for (int r = 0; r < R; ++r) key[r] = Simd::load(rows + r * pitch + c);
       for (int g = 0; g < G; ++g) {
         const auto query = Simd::load(q + g * pitch + c);
-        for (int r = 0; r < R; ++r) {
-          acc[g * R + r] = Simd::fma(query, Simd::load(rows + r * pitch + c), acc[g * R + r]);
-        }
+        for (int r = 0; r < R; ++r) acc[g * R + r] = Simd::fma(query, key[r], acc[g * R + r]);
       }
     }
     Simd::template store_sums<R, G>(acc, scores + row, ld);
   }
 }
 
-template <class Simd>
-void dot(const float* tile, int64_t pitch, const float* q, int heads, float* scores, int64_t ld) {
+template <class Simd, class T>
+void dot(const void* rows, int64_t pitch, const float* q, int heads, float* scores, int64_t ld) {
+  const T* tile = static_cast<const T*>(rows);
   int g = 0;
-  for (; g + 4 <= heads; g += 4) dot_heads<Simd, 4>(tile, pitch, q + g * pitch, scores + g * ld, ld);
-  for (; g + 2 <= heads; g += 2) dot_heads<Simd, 2>(tile, pitch, q + g * pitch, scores + g * ld, ld);
-  if (g < heads) dot_heads<Simd, 1>(tile, pitch, q + g * pitch, scores + g * ld, ld);
+  for (; g + 4 <= heads; g += 4) dot_heads<Simd, T, 4>(tile, pitch, q + g * pitch, scores + g * ld, ld);
+  for (; g + 2 <= heads; g += 2) dot_heads<Simd, T, 2>(tile, pitch, q + g * pitch, scores + g * ld, ld);
+  if (g < heads) dot_heads<Simd, T, 1>(tile, pitch, q + g * pitch, scores + g * ld, ld);
 }
 
 // Columns c .. c + C * kLanes of G heads, held in registers over all rows.
-template <class Simd, int G, int C>
-void accumulate_block(const float* tile, int64_t pitch, int rows, const float* p, int64_t ld, float* acc) {
+template <class Simd, class T, int G, int C>
+void accumulate_block(const T* tile, int64_t pitch, int rows, const float* p, int64_t ld, float* acc) {
   typename Simd::Vec sum[G][C];
   for (int g = 0; g < G; ++g) {
     for (int c = 0; c < C; ++c) sum[g][c] = Simd::load(acc + g * pitch + c * Simd::kLanes);
@@ -63,29 +63,30 @@ void accumulate_block(const float* tile, int64_t pitch, int rows, const float* p
   }
 }
 
-template <class Simd, int G>
-void accumulate_heads(const float* tile, int64_t pitch, int rows, const float* p, int64_t ld, float* acc) {
+template <class Simd, class T, int G>
+void accumulate_heads(const T* tile, int64_t pitch, int rows, const float* p, int64_t ld, float* acc) {
   constexpr int kWide = Simd::kLanes / G < 8 ? Simd::kLanes / G : 8;
   int64_t c = 0;
   for (; c + kWide * Simd::kLanes <= pitch; c += kWide * Simd::kLanes) {
-    accumulate_block<Simd, G, kWide>(tile + c, pitch, rows, p, ld, acc + c);
+    accumulate_block<Simd, T, G, kWide>(tile + c, pitch, rows, p, ld, acc + c);
   }
   for (; c < pitch; c += 2 * Simd::kLanes) {
-    accumulate_block<Simd, G, 2>(tile + c, pitch, rows, p, ld, acc + c);
+    accumulate_block<Simd, T, G, 2>(tile + c, pitch, rows, p, ld, acc + c);
   }
 }
 
-template <class Simd>
-void accumulate(const float* tile, int64_t pitch, int rows, const float* p, int64_t ld, int heads,
+template <class Simd, class T>
+void accumulate(const void* data, int64_t pitch, int rows, const float* p, int64_t ld, int heads,
                 float* acc) {
+  const T* tile = static_cast<const T*>(data);
   int g = 0;
   for (; g + 4 <= heads; g += 4) {
-    accumulate_heads<Simd, 4>(tile, pitch, rows, p + g * ld, ld, acc + g * pitch);
+    accumulate_heads<Simd, T, 4>(tile, pitch, rows, p + g * ld, ld, acc + g * pitch);
   }
   for (; g + 2 <= heads; g += 2) {
-    accumulate_heads<Simd, 2>(tile, pitch, rows, p + g * ld, ld, acc + g * pitch);
+    accumulate_heads<Simd, T, 2>(tile, pitch, rows, p + g * ld, ld, acc + g * pitch);
   }
-  if (g < heads) accumulate_heads<Simd, 1>(tile, pitch, rows, p + g * ld, ld, acc + g * pitch);
+  if (g < heads) accumulate_heads<Simd, T, 1>(tile, pitch, rows, p + g * ld, ld, acc + g * pitch);
 }
 
 // exp(x) for x <= 0, -inf or NaN, to 2 ulp: 2^n * e^r with |r| <= log(2) / 2 and a polynomial for e^r.

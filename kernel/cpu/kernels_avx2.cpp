@@ -57,6 +57,10 @@ struct Avx2 {
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float x) { return _mm256_set1_ps(x); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vec load(const Half* p) { return _mm256_cvtph_ps(load128(p)); }
+  static Vec load(const BFloat* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+  }
   static void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -84,8 +88,8 @@ struct Avx2 {
     for (int g = 0; g < G; ++g) std::memcpy(scores + g * ld, out + g * R, R * sizeof(float));
   }
 
-  template <class T, class Out>
-  static void expand(const T* src, uint32_t mask, Out* dst) {
+  template <class T>
+  static void expand(const T* src, uint32_t mask, T* dst) {
     for (int c = 0; c < kGroup; c += 8, mask >>= 8) {
       expand8(src, mask & 0xff, dst + c);
       src += popcount(mask & 0xff);
@@ -137,6 +141,11 @@ struct Avx2 {
     return mask;
   }
 
+  template <class Key>
+  static int count_at_least(const Key* keys, Key bound) {
+    return popcount(at_least(keys, bound));
+  }
+
   static void from_float(const float* src, float* dst) { std::memcpy(dst, src, kGroup * sizeof(float)); }
   static void from_float(const float* src, Half* dst) {
     for (int i = 0; i < kGroup; i += 8) {
@@ -154,19 +163,10 @@ struct Avx2 {
   }
 
   static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-  static __m128i expand8(const void* src, uint32_t mask) {
-    return _mm_shuffle_epi8(load128(src), load128(kSources.expand16[mask]));
-  }
   template <class T>
   static void expand8(const T* src, uint32_t mask, T* dst) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), expand8(src, mask));
-  }
-  static void expand8(const Half* src, uint32_t mask, float* dst) {
-    _mm256_storeu_ps(dst, _mm256_cvtph_ps(expand8(src, mask)));
-  }
-  static void expand8(const BFloat* src, uint32_t mask, float* dst) {
-    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(expand8(src, mask)), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), bits);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst),
+                     _mm_shuffle_epi8(load128(src), load128(kSources.expand16[mask])));
   }
   static void expand8(const float* src, uint32_t mask, float* dst) {
     permute8(src, kSources.expand32[mask], dst);

@@ -35,6 +35,10 @@ struct Avx512 {
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float x) { return _mm512_set1_ps(x); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec load(const Half* p) { return _mm512_cvtph_ps(load256(p)); }
+  static Vec load(const BFloat* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+  }
   static void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -70,24 +74,9 @@ struct Avx512 {
   }
 
   // Masked lanes take the next elements. The forms that work on memory are microcoded on some processors.
-  static __m512i expand16(const void* src, uint32_t mask) {
-    return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(src));
-  }
-  static void expand(const Half* src, uint32_t mask, Half* dst) {
-    _mm512_storeu_si512(dst, expand16(src, mask));
-  }
-  static void expand(const BFloat* src, uint32_t mask, BFloat* dst) {
-    _mm512_storeu_si512(dst, expand16(src, mask));
-  }
-  static void expand(const Half* src, uint32_t mask, float* dst) {
-    const __m512i halves = expand16(src, mask);
-    _mm512_storeu_ps(dst, _mm512_cvtph_ps(_mm512_castsi512_si256(halves)));
-    _mm512_storeu_ps(dst + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)));
-  }
-  static void expand(const BFloat* src, uint32_t mask, float* dst) {
-    const __m512i halves = expand16(src, mask);
-    _mm512_storeu_si512(dst, widen_bfloat(_mm512_castsi512_si256(halves)));
-    _mm512_storeu_si512(dst + 16, widen_bfloat(_mm512_extracti64x4_epi64(halves, 1)));
+  template <class T>
+  static void expand(const T* src, uint32_t mask, T* dst) {
+    _mm512_storeu_si512(dst, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(src)));
   }
   static void expand(const float* src, uint32_t mask, float* dst) {
     const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
@@ -96,9 +85,8 @@ struct Avx512 {
     _mm512_storeu_ps(dst + 16, _mm512_maskz_expand_ps(high, _mm512_loadu_ps(src)));
   }
 
-  static void compress(const Half* src, uint32_t mask, Half* dst) { compress16(src, mask, dst); }
-  static void compress(const BFloat* src, uint32_t mask, BFloat* dst) { compress16(src, mask, dst); }
-  static void compress16(const void* src, uint32_t mask, void* dst) {
+  template <class T>
+  static void compress(const T* src, uint32_t mask, T* dst) {
     _mm512_storeu_si512(dst, _mm512_maskz_compress_epi16(mask, _mm512_loadu_si512(src)));
   }
   static void compress(const float* src, uint32_t mask, float* dst) {
@@ -131,6 +119,11 @@ struct Avx512 {
     return low | high << 16;
   }
 
+  template <class Key>
+  static int count_at_least(const Key* keys, Key bound) {
+    return popcount(at_least(keys, bound));
+  }
+
   static void from_float(const float* src, float* dst) { std::memcpy(dst, src, kGroup * sizeof(float)); }
   static void from_float(const float* src, Half* dst) {
     for (int i = 0; i < kGroup; i += 16) {
@@ -143,6 +136,7 @@ struct Avx512 {
   }
 
  private:
+  static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   // Lanes 4 i .. 4 i + 3 of the result: a0 + a2, b0 + b2, a1 + a3, b1 + b3 of block i.
   static Vec add_pairs(Vec a, Vec b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -151,7 +145,6 @@ struct Avx512 {
   static Vec add_blocks(Vec a, Vec b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
-  static __m512i widen_bfloat(__m256i halves) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16); }
 };
 
 }  // namespace

@@ -21,8 +21,9 @@ struct Plain {
   static Vec set1(float x) {
     return each([&](int) { return x; });
   }
-  static Vec load(const float* p) {
-    return each([&](int i) { return p[i]; });
+  template <class T>
+  static Vec load(const T* p) {
+    return each([&](int i) { return cpu::to_float(p[i]); });
   }
   static void store(float* p, const Vec& a) { std::memcpy(p, a.lane, sizeof(a.lane)); }
   static Vec add(const Vec& a, const Vec& b) {
@@ -57,21 +58,17 @@ struct Plain {
   }
 
   template <class T>
-  static void convert(T in, float* out) {
-    *out = cpu::to_float(in);
-  }
-  template <class T>
-  static void convert(T in, T* out) {
-    *out = in;
-  }
-  static void convert(float in, float* out) { *out = in; }
-
-  template <class T, class Out>
-  static void expand(const T* src, uint32_t mask, Out* dst) {
+  static void expand(const T* src, uint32_t mask, T* dst) {
+    // Masked with arithmetic: which bits are set is as good as random, and a branch on them would be
+    // mispredicted.
+    using Bits = typename Keys<T>::Key;
     for (int c = 0; c < kGroup; ++c) {
-      convert(*src, dst + c);
-      if ((mask >> c & 1) == 0) dst[c] = Out{};
-      src += mask >> c & 1;
+      const uint32_t kept = mask >> c & 1;
+      Bits bits;
+      std::memcpy(&bits, src, sizeof(bits));
+      bits &= static_cast<Bits>(0 - kept);
+      std::memcpy(dst + c, &bits, sizeof(bits));
+      src += kept;
     }
   }
   template <class T>
@@ -94,6 +91,12 @@ struct Plain {
     uint32_t mask = 0;
     for (int c = 0; c < kGroup; ++c) mask |= static_cast<uint32_t>(keys[c] >= bound) << c;
     return mask;
+  }
+  template <class Key>
+  static int count_at_least(const Key* keys, Key bound) {
+    Key count = 0;
+    for (int c = 0; c < kGroup; ++c) count += keys[c] >= bound;
+    return static_cast<int>(count);
   }
   template <class T>
   static void from_float(const float* src, T* dst) {

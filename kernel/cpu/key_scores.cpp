@@ -8,7 +8,7 @@ namespace mustafar::cpu {
 
 void key_scores(const KeyScoresParams& p, const ParallelFor& parallel) {
   const Kernels& kernel = kernels();
-  const TileLoader keys(kernel, p.key, {}, p.head_dim, p.dtype);
+  const ChunkReader keys(kernel, p.key, {}, p.head_dim, p.dtype);
   const int64_t pitch = keys.pitch();
   const int group = p.q_heads / p.kv_heads;
 

@@ -7,7 +7,7 @@
 //     may read 32 elements of src.
 //   compress(const T* src, mask, T* dst): the masked elements of src in order, then anything, 32 in all.
 //   make_keys(const T* src, Key* keys): magnitudes as integers that order like them (see Keys).
-//   at_least(const Key* keys, Key bound): mask of keys >= bound.
+//   at_least(const Key* keys, Key bound): mask of keys >= bound; count_at_least: how many.
 //   from_float(const float* src, T* dst)
 #pragma once
 
@@ -21,7 +21,6 @@ namespace mustafar::cpu {
 namespace {
 
 constexpr int kMaxGroups = kMaxHeadDim / kGroup;
-constexpr uint32_t kAll = 0xffffffff;
 
 inline int popcount(uint64_t bits) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -33,7 +32,7 @@ inline int popcount(uint64_t bits) {
 #endif
 }
 
-inline uint32_t group_mask(const uint64_t* bitmap, int group) {
+inline uint32_t group_mask(const uint64_t* bitmap, unsigned group) {
   return static_cast<uint32_t>(bitmap[group / 2] >> (group % 2 * 32));
 }
 
@@ -57,45 +56,39 @@ struct Keys<float> {
   static constexpr Key kMagnitude = 0x7fffffff, kNan = 0x7f800001;
 };
 
-template <class Simd, class T, class Out>
-void expand_rows(const PackedRows& in, Out* out, int64_t pitch) {
+template <class Simd, class T>
+void expand_rows(const PackedRows& in, void* rows_out, int64_t pitch) {
   // A row's vectors lie 64 tokens apart. Gathering them into one piece first lets a group start at any slot;
   // the room behind is for the read of 32 elements at the last slot.
   alignas(64) T staged[kTileRows * kMaxHeadDim + kMaxHeadDim + kGroup];
-  const int width = std::min(in.width, kMaxHeadDim);  // no more slots can be in use
-  const T* values = static_cast<const T*>(in.values);
-  for (int v = 0; v < width / kVectorValues; ++v) {
-    const T* column = values + static_cast<int64_t>(v) * kSliceTokens * kVectorValues;
-    for (int r = 0; r < in.rows; ++r) {
-      std::memcpy(staged + r * width + v * kVectorValues, column + r * kVectorValues,
-                  kVectorValues * sizeof(T));
+  const int64_t width = std::min(in.width, kMaxHeadDim);  // no more slots can be in use
+  const int rows = in.rows, words = in.words, groups = in.groups;
+  const T* from = static_cast<const T*>(in.values);
+  T* out = static_cast<T*>(rows_out);
+  for (int64_t slot = 0; slot < width; slot += kVectorValues, from += kSliceTokens * kVectorValues) {
+    for (int r = 0; r < rows; ++r) {
+      std::memcpy(staged + slot + r * width, from + r * kVectorValues, kVectorValues * sizeof(T));
     }
   }
-  for (int r = 0; r < in.rows; ++r) {
+  const uint64_t* bitmap = in.bitmap;
+  for (int r = 0; r < rows; ++r, bitmap += words, out += pitch) {
     const T* next = staged + r * width;
-    for (int group = 0; group < in.groups; ++group) {
-      const uint32_t mask = group_mask(in.bitmap + r * in.words, group);
-      Simd::expand(next, mask, out + r * pitch + group * kGroup);
-      next += popcount(mask);
+    for (int group = 0; group < groups; group += 2) {
+      const uint64_t bits = bitmap[group / 2];
+      const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
+      Simd::expand(next, low, out + group * kGroup);
+      if (group + 1 == groups) break;
+      Simd::expand(next + popcount(low), high, out + (group + 1) * kGroup);
+      next += popcount(bits);
     }
   }
-}
-
-template <class Simd, class T>
-void expand_rows_float(const PackedRows& in, float* out, int64_t pitch) {
-  expand_rows<Simd, T>(in, out, pitch);
-}
-
-template <class Simd, class T>
-void expand_rows_as_they_are(const PackedRows& in, void* out, int64_t pitch) {
-  expand_rows<Simd, T>(in, static_cast<T*>(out), pitch);
 }
 
 template <class Simd, class T>
 void row_to_float(const void* src, float* dst, int64_t n) {
   const T* x = static_cast<const T*>(src);
   int64_t i = 0;
-  for (; i + kGroup <= n; i += kGroup) Simd::expand(x + i, kAll, dst + i);
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store(dst + i, Simd::load(x + i));
   for (; i < n; ++i) dst[i] = to_float(x[i]);
 }
 
@@ -157,7 +150,7 @@ void top_of_row(const typename Keys<T>::Key* keys, int groups, int k, uint64_t* 
   for (unsigned bit = (Keys<T>::kMagnitude >> 1) + 1u; bit != 0 && reached != k; bit >>= 1) {
     int count = 0;
     for (int group = 0; group < groups; ++group) {
-      count += popcount(Simd::at_least(keys + group * kGroup, static_cast<Key>(bound | bit)));
+      count += Simd::count_at_least(keys + group * kGroup, static_cast<Key>(bound | bit));
     }
     if (count >= k) {
       bound |= bit;

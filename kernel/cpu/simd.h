@@ -45,20 +45,19 @@ struct DenseRows {
 struct Kernels {
   const char* name;
 
-  // Packed rows -> zero-filled dense rows `pitch` apart: as float32, or as they are.
-  void (*expand_float[3])(const PackedRows& rows, float* out, int64_t pitch);
+  // Packed rows -> zero-filled dense rows `pitch` apart.
   void (*expand[3])(const PackedRows& rows, void* out, int64_t pitch);
 
-  // n elements; to_float does not touch what follows them.
+  // n elements; what follows them is not touched.
   void (*to_float[3])(const void* src, float* dst, int64_t n);
   void (*from_float[3])(const float* src, void* dst, int64_t n);
 
   // scores[g * ld + r] = tile row r . q row g for all kTileRows rows of a tile; tile and q rows `pitch`
   // apart.
-  void (*dot)(const float* tile, int64_t pitch, const float* q, int heads, float* scores, int64_t ld);
+  void (*dot[3])(const void* tile, int64_t pitch, const float* q, int heads, float* scores, int64_t ld);
   // acc row g += sum over r < rows of p[g * ld + r] * tile row r; tile and acc rows `pitch` apart.
-  void (*accumulate)(const float* tile, int64_t pitch, int rows, const float* p, int64_t ld, int heads,
-                     float* acc);
+  void (*accumulate[3])(const void* tile, int64_t pitch, int rows, const float* p, int64_t ld, int heads,
+                        float* acc);
   // Scores become exp(scale * score - max); n is padded to whole tiles by the caller's buffer, which is
   // overwritten. A row of only -inf gives max -inf and zeros.
   void (*softmax)(float* scores, int64_t n, float scale, float* max, float* sum);

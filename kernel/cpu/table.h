@@ -11,13 +11,11 @@ template <class Simd>
 constexpr Kernels make_kernels(const char* name) {
   return {
       name,
-      {expand_rows_float<Simd, Half>, expand_rows_float<Simd, BFloat>, expand_rows_float<Simd, float>},
-      {expand_rows_as_they_are<Simd, Half>, expand_rows_as_they_are<Simd, BFloat>,
-       expand_rows_as_they_are<Simd, float>},
+      {expand_rows<Simd, Half>, expand_rows<Simd, BFloat>, expand_rows<Simd, float>},
       {row_to_float<Simd, Half>, row_to_float<Simd, BFloat>, row_to_float<Simd, float>},
       {row_from_float<Simd, Half>, row_from_float<Simd, BFloat>, row_from_float<Simd, float>},
-      dot<Simd>,
-      accumulate<Simd>,
+      {dot<Simd, Half>, dot<Simd, BFloat>, dot<Simd, float>},
+      {accumulate<Simd, Half>, accumulate<Simd, BFloat>, accumulate<Simd, float>},
       softmax<Simd>,
       {top_bitmap<Simd, Half>, top_bitmap<Simd, BFloat>, top_bitmap<Simd, float>},
       {nonzero_bitmap<Simd, Half>, nonzero_bitmap<Simd, BFloat>, nonzero_bitmap<Simd, float>},

@@ -9,7 +9,7 @@ namespace mustafar::cpu {
 void value_output(const ValueOutputParams& p, const ParallelFor& parallel) {
   const Kernels& kernel = kernels();
   const int dtype = static_cast<int>(p.dtype);
-  const TileLoader values(kernel, p.value, {}, p.head_dim, p.dtype);
+  const ChunkReader values(kernel, p.value, {}, p.head_dim, p.dtype);
   const int64_t pitch = values.pitch();
   const int group = p.q_heads / p.kv_heads;
 
