@@ -1,0 +1,181 @@
+"""`MustafarCache`: a transformers cache whose older tokens are pruned and compressed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from mustafar import attention
+from mustafar.format import MAX_HEAD_DIM
+from mustafar.layer import CacheSettings, Lengths, MustafarLayer
+from mustafar.pruning import Pruning, get_rule
+
+BACKENDS = ("kernel", "simulate")
+
+
+class MustafarCache(Cache):
+    """Pass it to `generate` or `forward` as `past_key_values`::
+
+        cache = MustafarCache(model.config, k_sparsity=0.7, v_sparsity=0.7)
+        model.generate(**inputs, past_key_values=cache)
+
+    Right after a prefill every token older than the last `residual_length` is pruned (paper section 3), and
+    again whenever `flush_every` more tokens have gathered, so that the dense window holds `residual_length`
+    to `residual_length + flush_every` tokens. Tokens are packed in slices of 64; up to 63 pruned tokens that
+    do not fill a slice yet wait in the window, with their zeros. Padding is pruned and packed as any token
+    is, and masked.
+
+    A later turn (several tokens on a filled cache) attends densely to the decompressed cache, layer by layer.
+    If it is longer than `flush_every` it is pruned at once, else with the tokens decoded next. The same holds
+    for the chunks of a chunked prefill, which therefore attend to pruned tokens of earlier chunks.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        `model.config`. With the kernel backend its attention implementation becomes "mustafar", which is what
+        makes the model decode on the compressed form. The model still computes dense caches as before, by
+        sdpa or FlashAttention 2; `model.set_attn_implementation(...)` sets another one for good.
+    k_sparsity, v_sparsity : float
+        Fraction of zeros in pruned keys and values, 0 <= sparsity < 1.
+    k_rule, v_rule : str
+        Pruning rules, from `mustafar.pruning.RULES`.
+    group_size : int
+        Tokens ranked together by rules that rank tokens. Groups count from the first token pruned in one go.
+    residual_length : int
+        The most recent tokens that stay dense.
+    flush_every : int
+        Tokens that gather beyond them before they are pruned.
+    backend : {"kernel", "simulate"}
+        "simulate" prunes the same values at the same times and returns dense tensors: it saves no memory,
+        needs no extension and works with any attention implementation, which it leaves as it is.
+    offloading : bool
+        Not supported, must be False.
+
+    Notes
+    -----
+    Environment ``MUSTAFAR_CHECK=1`` raises on NaN in keys or values, naming layer and position, and verifies
+    every mask. Without it NaN is kept as the largest magnitude and reaches the output as in dense attention.
+
+    Layers that attend to a sliding window stay transformers' own where a model mixes them with full ones.
+    Where all are sliding (Mistral), all tokens are kept, compressed, and those beyond the window are masked.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments out of range, naming the valid ones.
+    NotImplementedError
+        For models whose attention decoding does not compute, and offloading.
+    ImportError
+        If the kernel backend is not built, with the command that builds it.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        k_sparsity: float = 0.5,
+        v_sparsity: float = 0.5,
+        *,
+        k_rule: str = "Kt_Mag",
+        v_rule: str = "Vt_Mag",
+        group_size: int = 32,
+        residual_length: int = 32,
+        flush_every: int = 256,
+        backend: str = "kernel",
+        offloading: bool = False,
+    ) -> None:
+        if offloading:
+            raise NotImplementedError("offloading: a Mustafar cache stays on its device, leave it False")
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+        _check_count("residual_length", residual_length, 0)
+        _check_count("flush_every", flush_every, 1)
+        self.settings = CacheSettings(
+            keys=Pruning(get_rule(k_rule, "K"), k_sparsity, group_size),
+            values=Pruning(get_rule(v_rule, "V"), v_sparsity, group_size),
+            residual_length=residual_length,
+            flush_every=flush_every,
+            simulate=backend == "simulate",
+            check=os.environ.get("MUSTAFAR_CHECK", "0") not in ("", "0"),
+        )
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config: expected model.config, got {type(config).__name__}")
+        config = config.get_text_config(decoder=True)
+        _check_model(config, self.settings.simulate)
+        super().__init__(layers=_make_layers(config, self.settings))
+        if not self.settings.simulate:
+            from mustafar import ops  # noqa: F401  (fails here, before a prompt is processed, if it is not built)
+
+            attention.register()
+            config._attn_implementation = attention.NAME
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: it grows as needed."""
+        return -1
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: it grows as needed."""
+        return -1
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held by the pruned layers, keys and values together.
+
+        Returns
+        -------
+        dict
+            `compressed_bytes` of packed tokens; `window_bytes` of dense ones; `dense_equivalent_bytes` that
+            all of them would take in a dense cache; `allocated_bytes`, room to grow included. A simulated
+            cache holds all of it dense.
+        """
+        names = ("compressed_bytes", "window_bytes", "dense_equivalent_bytes", "allocated_bytes")
+        total = dict.fromkeys(names, 0)
+        for layer in self.layers:
+            for history in layer.histories if isinstance(layer, MustafarLayer) else ():
+                for name, size in history.nbytes().items():
+                    total[name] += size
+        return total
+
+
+def _make_layers(config: PreTrainedConfig, settings: CacheSettings) -> list[Any]:
+    """transformers' own choice of layers, with those of full attention replaced."""
+    layers = DynamicCache(config=config).layers
+    types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    all_sliding = types == {"sliding_attention"} and getattr(config, "sliding_window", None) is not None
+    replaced = (DynamicLayer, DynamicSlidingWindowLayer) if all_sliding else (DynamicLayer,)
+    lengths = Lengths()
+    layers = [
+        MustafarLayer(settings, index, lengths) if type(layer) in replaced else layer
+        for index, layer in enumerate(layers)
+    ]
+    if not any(isinstance(layer, MustafarLayer) for layer in layers):
+        found = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        raise NotImplementedError(
+            f"model type {config.model_type!r} has no layer of full attention to prune, only {found}"
+        )
+    return layers
+
+
+def _check_model(config: PreTrainedConfig, simulate: bool) -> None:
+    """Refuse early what the attention function would refuse at the first token."""
+    model = f"model type {config.model_type!r}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"{model} is an encoder-decoder; only decoders are supported")
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and getattr(config, "num_attention_heads", None):
+        head_dim = config.hidden_size // config.num_attention_heads
+    if isinstance(head_dim, int) and head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(f"{model} has head_dim {head_dim}; at most {MAX_HEAD_DIM} is supported")
+    if not simulate and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise NotImplementedError(
+            f"{model} soft-caps its attention scores (attn_logit_softcapping), which decoding on the "
+            'compressed cache does not compute: use backend="simulate" with attn_implementation="eager"'
+        )
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{name} is a number of tokens and must be an int of at least {least}, got {value!r}"
+        )

@@ -1,0 +1,282 @@
+"""`MustafarLayer`: the cache of one attention layer, and the handle that stands for it during decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from mustafar.format import DTYPES, MAX_HEAD_DIM, SLICE_TOKENS
+from mustafar.history import DenseHistory, History, PackedHistory
+from mustafar.pruning import Pruning
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSettings:
+    """What all layers of a cache share.
+
+    Attributes
+    ----------
+    keys, values : Pruning
+    residual_length : int
+        The most recent tokens that stay dense when older ones are pruned.
+    flush_every : int
+        Tokens that gather beyond `residual_length` before they are pruned.
+    simulate : bool
+        Return dense tensors with zeros at every step instead of decoding on the compressed form.
+    check : bool
+        Raise on NaN and on attention masks that are not left padding, at the price of a synchronisation.
+    """
+
+    keys: Pruning
+    values: Pruning
+    residual_length: int
+    flush_every: int
+    simulate: bool
+    check: bool
+
+    @property
+    def window_capacity(self) -> int:
+        """Window slots that decoding needs: up to 63 pruned tokens may wait for their slice to fill."""
+        return self.residual_length + self.flush_every + SLICE_TOKENS - 1
+
+
+class Lengths:
+    """The `lengths` argument of decode attention, made once per step for all layers on a device."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, tuple[tuple[int, int, int], torch.Tensor]] = {}
+
+    def get(self, batch: int, packed: int, window: int, device: torch.device) -> torch.Tensor:
+        """int32 [B, 2] of (compressed tokens, window tokens)."""
+        wanted = (batch, packed, window)
+        made = self._made.get(device)
+        if made is None or made[0] != wanted:
+            lengths = torch.empty((batch, 2), dtype=torch.int32, device=device)
+            lengths[:, 0].fill_(packed)  # filled on the device: a copy from the host could wait for it
+            lengths[:, 1].fill_(window)
+            made = self._made[device] = (wanted, lengths)
+        return made[1]
+
+
+class MustafarLayer(CacheLayerMixin):
+    """Keys and values of one layer, pruned and compressed beyond a local window.
+
+    `update` with several tokens (prefill, later turns, candidates of assisted decoding) returns dense
+    tensors; with one token on a filled layer it returns a `CompressedKV` handle twice, for the "mustafar"
+    attention function.
+
+    Pruning happens right after the first prefill, down to `residual_length` dense tokens, and then whenever
+    `flush_every` more have gathered. The latter is done at the start of the next `update`, so that what the
+    caller appended last can still be cropped away untouched.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, settings: CacheSettings, layer_idx: int, lengths: Lengths) -> None:
+        super().__init__()
+        self.settings = settings
+        self.layer_idx = layer_idx
+        self.lengths = lengths
+        self.mask_checked = False
+        self.key_history: History | None = None
+        self.value_history: History | None = None
+
+    def __repr__(self) -> str:
+        return f"MustafarLayer(tokens={self.get_seq_length()})"
+
+    @property
+    def histories(self) -> tuple[History, ...]:
+        return (self.key_history, self.value_history) if self.is_initialized else ()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Take heads, head dim, dtype and device from the first tokens: a parallel rank has its own heads."""
+        value_states = key_states if value_states is None else value_states
+        _check_states(key_states, value_states, self.layer_idx, self.settings.simulate)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        kind = DenseHistory if self.settings.simulate else PackedHistory
+        capacity = self.settings.window_capacity
+        self.key_history = kind(self.settings.keys, key_states, capacity)
+        self.value_history = kind(self.settings.values, value_states, capacity)
+        self.batch = key_states.shape[0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Add tokens [B, Hkv, T, D]; returns what attention works on, as the class describes."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch:
+            raise ValueError(
+                f"the cache holds a batch of {self.batch}, got tokens for a batch of {key_states.shape[0]}: "
+                "call reset() on it, or make a new one for each batch"
+            )
+        if self.settings.check:
+            for name, states in (("keys", key_states), ("values", value_states)):
+                _raise_on_nan(states, name, self.layer_idx, self.get_seq_length())
+        new = (key_states, value_states)
+        added, held = key_states.shape[2], self.get_seq_length()
+        residual, flush_every = self.settings.residual_length, self.settings.flush_every
+
+        if held == 0:
+            for history, states in zip(self.histories, new, strict=True):
+                history.prune(max(0, added - residual), behind=states)
+            self.mask_checked = False
+            return new
+        if self.key_history.unpruned >= residual + flush_every:
+            for history in self.histories:
+                history.prune(held - residual)
+        if added > flush_every:
+            # A long turn is pruned at once, or it would stay dense in all layers until the next step.
+            full = tuple(torch.cat([h.dense(), s], dim=2) for h, s in zip(self.histories, new, strict=True))
+            for history, states in zip(self.histories, new, strict=True):
+                history.prune(held + added - residual, behind=states)
+            self.mask_checked = False
+            return full
+        for history, states in zip(self.histories, new, strict=True):
+            history.append(states)
+        if added == 1 and not self.settings.simulate:
+            handle = CompressedKV(self)
+            return handle, handle
+        self.mask_checked = False
+        return tuple(history.dense() for history in self.histories)
+
+    def attend(
+        self, query: torch.Tensor, starts: torch.Tensor | None, scaling: float | None, sliding_window: int
+    ) -> torch.Tensor:
+        """Decode attention of query [B, H, D] over all tokens held; `mustafar.ops.decode_attention` says the
+        rest."""
+        from mustafar import ops
+
+        keys, values = self.histories
+        lengths = self.lengths.get(self.batch, keys.packed_tokens, keys.window_tokens, self.device)
+        return ops.decode_attention(
+            query,
+            keys.packed(),
+            values.packed(),
+            keys.window,
+            values.window,
+            lengths,
+            starts,
+            scaling,
+            sliding_window,
+        )
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.key_history.tokens if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of the keys that `update` with so many queries leaves to attend to."""
+        if isinstance(query_length, torch.Tensor) and query_length.dim() > 0:
+            query_length = query_length.shape[0]  # before transformers 5.4: the positions of the queries
+        return self.get_seq_length() + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.14
+
+    def reset(self) -> None:
+        self.key_history = self.value_history = None
+        self.is_initialized = self.mask_checked = False
+
+    def crop(self, amount: int | torch.Tensor) -> None:
+        """Remove the last `-amount` tokens; a positive `amount` is the length to keep (transformers before
+        5.14)."""
+        amount = int(amount)
+        held = self.get_seq_length()
+        tokens = amount if amount > 0 else max(0, held + amount)
+        if tokens >= held:
+            return
+        if tokens == 0:
+            return self.reset()
+        for history in self.histories:
+            history.crop(tokens)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let each batch row continue from another one (beam search)."""
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+
+    def _select(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for history in self.histories:
+            history.select(rows)
+        if self.is_initialized:
+            self.batch = rows(torch.empty(self.batch, 0, device=self.device)).shape[0]
+
+    def offload(self) -> NoReturn:
+        raise NotImplementedError("a Mustafar cache stays on its device: offloading is not supported")
+
+    prefetch = offload
+
+
+class CompressedKV:
+    """Stands for the keys and values of a layer between its `update` and the "mustafar" attention function.
+
+    Anything else that touches it gets an error instead of wrong numbers.
+    """
+
+    def __init__(self, layer: MustafarLayer) -> None:
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        _refuse_use(getattr(func, "__name__", str(func)))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)  # protocols of copy, pickle and the like ask for what may be absent
+        _refuse_use(name)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        _refuse_use("indexing")
+
+
+def _refuse_use(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"attention used the compressed keys and values as tensors ({what}): "
+        'attn_implementation must be "mustafar" to decode on them. Call '
+        'model.set_attn_implementation("mustafar") after `mustafar.register()`, or use backend="simulate", '
+        "which works with any attention implementation"
+    )
+
+
+def _check_states(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, simulate: bool) -> None:
+    """Refuse what the format or the kernels do not support, naming the layer."""
+    where = f"layer {layer_idx}"
+    if keys.dim() != 4 or keys.shape != values.shape:
+        raise NotImplementedError(
+            f"{where}: keys and values must both be [batch, kv_heads, tokens, head_dim], "
+            f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    if not 0 < keys.shape[3] <= MAX_HEAD_DIM:
+        raise NotImplementedError(f"{where}: head_dim must be 1 to {MAX_HEAD_DIM}, got {keys.shape[3]}")
+    supported = DTYPES if simulate or keys.device.type == "cpu" else (torch.float16, torch.bfloat16)
+    if keys.dtype not in supported or keys.dtype != values.dtype:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
+        raise TypeError(
+            f"{where}: keys and values on {keys.device.type} must have one dtype of {names}, "
+            f"got {keys.dtype} and {values.dtype}: load the model with dtype=torch.float16 or torch.bfloat16"
+        )
+
+
+def _raise_on_nan(states: torch.Tensor, name: str, layer_idx: int, first: int) -> None:
+    """MUSTAFAR_CHECK=1: name where a NaN entered."""
+    found = states.isnan()
+    if found.any():
+        batch, head, token, channel = found.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"NaN in the {name} of layer {layer_idx} at position {first + token} "
+            f"(batch {batch}, KV head {head}, channel {channel})"
+        )
