@@ -1,0 +1,114 @@
+// Host side shared by the ops: which instantiation, how many blocks, and the checks of a launch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../params.h"
+#include "plan.cuh"
+
+namespace mustafar::cuda {
+
+#define MUSTAFAR_CUDA_TRY(call)               \
+  do {                                        \
+    const cudaError_t error_ = (call);        \
+    if (error_ != cudaSuccess) return error_; \
+  } while (0)
+
+constexpr int kMaxSplits = 256;
+// What a block costs beside its slices, in slices of one warp: tables, merging, the combining kernel.
+constexpr int kSplitOverhead = 3;
+
+// `heads` query heads share a pass, `warps` a block. Splits every problem of `units` slices so that the
+// blocks come in whole waves of `resident` blocks, at the least estimated time. 3 or 6 splits where 4 or 8
+// fill the GPU cost 30 % (measured).
+inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, int64_t warps,
+                      int64_t resident) {
+  Plan plan;
+  const int group = q_heads / kv_heads;
+  plan.chunks = (group + heads - 1) / heads;
+  plan.heads_per_chunk = (group + plan.chunks - 1) / plan.chunks;
+  const int64_t work = int64_t{batch} * kv_heads * plan.chunks;
+  const int64_t most = std::clamp<int64_t>((units + warps - 1) / warps, 1, kMaxSplits);
+  int64_t best = INT64_MAX;
+  plan.splits = 1;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t waves = (work * splits + resident - 1) / resident;
+    const int64_t time = waves * ((units + warps * splits - 1) / (warps * splits) + kSplitOverhead);
+    if (time < best) best = time, plan.splits = static_cast<int32_t>(splits);
+  }
+  plan.blocks = work * plan.splits;
+  return plan;
+}
+
+// Blocks of `shared_bytes` that fit on the current device at once.
+inline cudaError_t resident_blocks(int shared_bytes, int64_t* blocks) {
+  constexpr int kReservedBytes = 1024;  // of shared memory per block, taken by CUDA
+  int device, sms, sm_bytes;
+  MUSTAFAR_CUDA_TRY(cudaGetDevice(&device));
+  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  *blocks = int64_t{sms} * std::max(1, sm_bytes / (shared_bytes + kReservedBytes));
+  return cudaSuccess;
+}
+
+// cudaFuncSetAttribute holds for the current device only, so it is not cached.
+template <class... KernelArgs, class... Args>
+cudaError_t launch(void (*kernel)(KernelArgs...), int64_t blocks, int threads, int shared_bytes,
+                   cudaStream_t stream, const Args&... args) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (shared_bytes > 48 * 1024)
+    MUSTAFAR_CUDA_TRY(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+inline bool aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Whether rows `stride` elements apart stay aligned to vectors; the stride of a single row does not matter.
+inline bool aligned_stride(int64_t stride, int64_t size) { return size <= 1 || stride % kVectorValues == 0; }
+
+inline cudaError_t check_view(const CompressedView& view, int batch, int kv_heads, int slices) {
+  if (slices == 0) return cudaSuccess;
+  if (slices < 0 || (view.offsets == nullptr) != (view.widths == nullptr)) return cudaErrorInvalidValue;
+  if (view.width % kVectorValues != 0) return cudaErrorInvalidValue;
+  const bool ok =
+      aligned(view.bitmap, 16) && aligned(view.values, 16) &&
+      aligned_stride(view.bitmap_batch_stride, batch) && aligned_stride(view.bitmap_head_stride, kv_heads) &&
+      aligned_stride(view.values_batch_stride, batch) && aligned_stride(view.values_head_stride, kv_heads);
+  return ok ? cudaSuccess : cudaErrorMisalignedAddress;
+}
+
+inline cudaError_t check_shape(int batch, int q_heads, int kv_heads, int head_dim, DType dtype) {
+  const bool ok = batch > 0 && kv_heads > 0 && q_heads > 0 && q_heads % kv_heads == 0 && head_dim > 0 &&
+                  head_dim <= kMaxHeadDim && head_dim % kVectorValues == 0 &&
+                  (dtype == DType::kFloat16 || dtype == DType::kBFloat16);
+  return ok ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Calls run.template operator()<T, channels>() for the dtype and head dim.
+template <class Run>
+cudaError_t dispatch(DType dtype, int head_dim, const Run& run) {
+  const auto with = [&](auto element) {
+    using T = decltype(element);
+    switch (compiled_channels(head_dim)) {
+      case 64:
+        return run(element, std::integral_constant<int, 64>());
+      case 128:
+        return run(element, std::integral_constant<int, 128>());
+      default:
+        return run(element, std::integral_constant<int, 256>());
+    }
+  };
+  return dtype == DType::kFloat16 ? with(__half()) : with(__nv_bfloat16());
+}
+
+}  // namespace mustafar::cuda

@@ -1,0 +1,151 @@
+#include "launch.cuh"
+#include "tile.cuh"
+#include "value_output.h"
+
+namespace mustafar::cuda {
+namespace {
+
+__host__ __device__ constexpr int tiles_for(int heads) { return (heads + kHeadsPerTile - 1) / kHeadsPerTile; }
+constexpr int warp_bytes(int channels, int tiles) {
+  return tile_bytes(channels) + weights_bytes(tiles * kHeadsPerTile);
+}
+
+// Each warp expands slices of 64 values into its tile, one after another, and multiplies each by the
+// probabilities of all heads of the group at once. The block adds up its warps; `partial` holds the sums of
+// each split, [B, H, splits, D], unless there is one split.
+template <class T, int kChannels, int kTiles>
+__global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
+    value_output_kernel(const __grid_constant__ ValueOutputParams p, const __grid_constant__ Plan plan) {
+  constexpr int kWords = kChannels / 32, kHeads = kTiles * kHeadsPerTile, kWarps = block_warps(kChannels);
+  constexpr int kWarpBytes = tile_bytes(kChannels) + weights_bytes(kHeads);
+  extern __shared__ __align__(16) char shared[];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
+
+  const uint32_t region = warp * kWarpBytes;
+  const uint32_t tile = region + kGuardRows * kTilePitch;
+  const uint32_t weights = region + tile_bytes(kChannels);
+  fill_zero(shared, region, kWarpBytes, lane);
+  ValueProduct<T, kChannels, kTiles> product;
+  product.clear();
+  const uint16_t* probabilities =
+      static_cast<const uint16_t*>(p.p) + at.b * p.p_batch_stride + at.first_head * p.p_head_stride;
+  __syncwarp();
+
+  const int words = bitmap_words(p.head_dim);
+  const int slices = slices_of(p.tokens), stride = plan.splits * kWarps;
+  RowPair<kWords> rows;
+  const auto begin = [&](const RowSource& source, int slice) {
+    const int64_t token = int64_t{slice} * kSliceTokens + lane;
+    const bool visible[kRowsPerLane] = {token < p.tokens, token + kWarpSize < p.tokens};
+    rows.begin(source, visible, words, lane);
+  };
+  int slice = at.split * kWarps + warp;
+  RowSource next;
+  if (slice < slices) begin(slice_of(p.value, at.b, at.kv_head, slice, words), slice);
+  for (; slice < slices; slice += stride) {
+    const bool more = slice + stride < slices;
+    if (more) next = slice_of(p.value, at.b, at.kv_head, slice + stride, words);
+    uint32_t held[kHeads];
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) {
+      const uint16_t* from = probabilities + head * p.p_head_stride + int64_t{slice} * kSliceTokens + lane;
+      held[head] = 0;
+      if (head < at.heads && rows.visible[0]) held[head] = __ldg(from);
+      if (head < at.heads && rows.visible[1]) held[head] |= uint32_t{__ldg(from + kWarpSize)} << 16;
+    }
+    walk<kTilePitch>(
+        rows, tile_column(tile, lane), p.head_dim, words, lane, [] {},
+        [&](int row, uint32_t offset, uint32_t pair, bool high) {
+          scatter(shared, offset, row, pair, high);
+        });
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) store_weight(shared, weights, head, held[head], lane);
+    if (more) begin(next, slice + stride);
+    __syncwarp();
+    product.add(shared, tile, weights, p.head_dim, lane);
+    __syncwarp();
+  }
+
+  __syncwarp();
+  product.store(reinterpret_cast<float*>(shared + region), lane);
+  __syncthreads();
+  for (int i = threadIdx.x; i < at.heads * p.head_dim; i += blockDim.x) {
+    const int head = i / p.head_dim, d = i % p.head_dim;
+    float sum = 0.f;
+    for (int w = 0; w < kWarps; ++w)
+      sum += reinterpret_cast<const float*>(shared + w * kWarpBytes)[head * kChannels + d];
+    const int64_t q_head = at.first_head + head;
+    if (plan.splits == 1) {
+      static_cast<T*>(p.out)[at.b * p.out_batch_stride + q_head * p.out_head_stride + d] =
+          Half<T>::round(sum);
+    } else {
+      const int64_t row = (at.b * p.q_heads + q_head) * plan.splits + at.split;
+      static_cast<float*>(p.workspace)[row * p.head_dim + d] = sum;
+    }
+  }
+}
+
+// One block per query head adds up its splits, in order.
+template <class T>
+__global__ void combine_kernel(const __grid_constant__ ValueOutputParams p, int splits) {
+  const int64_t b = blockIdx.x / p.q_heads, q_head = blockIdx.x % p.q_heads;
+  const float* sums = static_cast<const float*>(p.workspace) + blockIdx.x * int64_t{splits} * p.head_dim;
+  for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
+    float sum = 0.f;
+#pragma unroll 8
+    for (int i = 0; i < splits; ++i) sum += sums[int64_t{i} * p.head_dim + d];
+    static_cast<T*>(p.out)[b * p.out_batch_stride + q_head * p.out_head_stride + d] = Half<T>::round(sum);
+  }
+}
+
+cudaError_t plan_for(int batch, int q_heads, int kv_heads, int head_dim, int slices, Plan* plan) {
+  const int channels = compiled_channels(head_dim), heads = max_heads(channels);
+  const int tiles = tiles_for(std::min(q_heads / kv_heads, heads));
+  int64_t resident;
+  MUSTAFAR_CUDA_TRY(resident_blocks(block_warps(channels) * warp_bytes(channels, tiles), &resident));
+  *plan = make_plan(batch, q_heads, kv_heads, heads, slices, block_warps(channels), resident);
+  return cudaSuccess;
+}
+
+template <class T, int kChannels, int kTiles>
+cudaError_t run(const ValueOutputParams& p, const Plan& plan, cudaStream_t stream) {
+  constexpr int kWarps = block_warps(kChannels);
+  MUSTAFAR_CUDA_TRY(launch(value_output_kernel<T, kChannels, kTiles>, plan.blocks, kWarps * kWarpSize,
+                           kWarps * warp_bytes(kChannels, kTiles), stream, p, plan));
+  if (plan.splits == 1) return cudaSuccess;
+  return launch(combine_kernel<T>, int64_t{p.batch} * p.q_heads, std::min(kChannels, 128), 0, stream, p,
+                int{plan.splits});
+}
+
+}  // namespace
+
+int64_t value_output_workspace_bytes(int batch, int q_heads, int kv_heads, int head_dim, int slices) {
+  if (batch == 0) return 0;
+  Plan plan;
+  if (check_shape(batch, q_heads, kv_heads, head_dim, DType::kFloat16) != cudaSuccess) return 0;
+  if (plan_for(batch, q_heads, kv_heads, head_dim, slices, &plan) != cudaSuccess) return -1;
+  return plan.splits == 1 ? 0 : int64_t{batch} * q_heads * plan.splits * head_dim * int64_t{sizeof(float)};
+}
+
+cudaError_t value_output(const ValueOutputParams& params, cudaStream_t stream) {
+  if (params.batch == 0) return cudaSuccess;
+  MUSTAFAR_CUDA_TRY(
+      check_shape(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.dtype));
+  if (params.tokens < 0 || params.tokens > int64_t{params.slices} * kSliceTokens)
+    return cudaErrorInvalidValue;
+  MUSTAFAR_CUDA_TRY(check_view(params.value, params.batch, params.kv_heads, params.slices));
+  Plan plan;
+  MUSTAFAR_CUDA_TRY(
+      plan_for(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.slices, &plan));
+  if (plan.splits > 1 && !(params.workspace != nullptr && aligned(params.workspace, 16)))
+    return cudaErrorInvalidValue;
+  return dispatch(params.dtype, params.head_dim, [&](auto element, auto channels) {
+    using T = decltype(element);
+    if constexpr (max_heads(channels) > kHeadsPerTile)
+      if (plan.heads_per_chunk > kHeadsPerTile) return run<T, channels, 2>(params, plan, stream);
+    return run<T, channels, 1>(params, plan, stream);
+  });
+}
+
+}  // namespace mustafar::cuda
