@@ -13,7 +13,7 @@ pytest.importorskip("model.llama")
 pytest.importorskip("model.mistral")
 
 TASK = {"prompt": "{context} {input}", "max_new_tokens": 8, "metric": "qa_f1"}
-MODES = {"llama": "mustafar", "mistral": "mustafar-mistral", "qwen2": "mustafar", "qwen3": "mustafar"}
+MODES = {"llama": "mustafar", "mistral": "mustafar-mistral", "qwen3": "mustafar"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -61,7 +61,9 @@ def inspect_model(model: str) -> ModelInfo:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        hint = "" if local else "\nWithout a network give the folder of a downloaded copy instead of a hub id."
+        hint = (
+            "" if local else "\nWithout a network give the folder of a downloaded copy instead of a hub id."
+        )
         raise UserError(f"cannot read the model {model}: {_first_lines(error)}{hint}") from None
     fingerprint = _fingerprint(folder) if local else getattr(config, "_commit_hash", None)
     return ModelInfo(Path(path).name, path, config, tokenizer, fingerprint)
@@ -195,15 +197,15 @@ def _load_pruned(info: ModelInfo, settings: Settings, options: dict) -> LoadedMo
         "residual_length": settings.residual_length,
         "backend": settings.backend,
     }
-    # A model it cannot serve is refused before it is loaded; of a copy, because it changes the config.
-    mustafar.MustafarCache(copy.deepcopy(info.config), **pruning)
     kind = info.config.model_type
-    if kind in _MODE_OF:  # imported here: these modules patch nothing, but they need the package
+    if kind in _MODE_OF:
         if kind == "llama":
             from model.llama import MustafarLlamaForCausalLM as PrunedModel
         else:
             from model.mistral import MustafarMistralForCausalLM as PrunedModel
         return LoadedModel(PrunedModel.from_pretrained(info.path, **pruning, **options), info.tokenizer, None)
+    # A model it cannot serve is refused before it is loaded; with a copy, because the cache changes the config.
+    mustafar.MustafarCache(copy.deepcopy(info.config), **pruning)
     mustafar.register()
     attention = "mustafar" if settings.backend == "kernel" else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(info.path, attn_implementation=attention, **options)
