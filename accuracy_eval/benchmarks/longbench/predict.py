@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
         folder.close()
     where = "" if args.output_dir == settings.OUTPUT_DIR else f" --output_dir {args.output_dir}"
     script = Path(__file__).resolve().parents[2] / "eval_long_bench.py"
-    print(f"score with: python {script} --model {path.name}{' --e' if args.e else ''}{where}")
+    print(f"score with: {sys.executable} {script} --model {path.name}{' --e' if args.e else ''}{where}")
 
 
 def _select(args: argparse.Namespace) -> list[Task]:
