@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 from mustafar.attention import NAME, register
 from mustafar.cache import MustafarCache
@@ -29,7 +29,7 @@ class MustafarModel(GenerationMixin):
     pruning: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> MustafarModel:
         """Load a checkpoint, pruning its cache as the arguments say.
 
         Raises

@@ -6,7 +6,6 @@ applies, else to transformers' own sdpa. A `CompressedKV` handle goes to `mustaf
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -120,7 +119,7 @@ def mustafar_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def _mask_for_flash(kwargs: dict[str, Any]) -> bool:
-    if not (_has_flash() and kwargs.get("dtype") in (torch.float16, torch.bfloat16)):
+    if not (is_flash_attn_2_available() and kwargs.get("dtype") in (torch.float16, torch.bfloat16)):
         return False
     # transformers before 5.4 passes the positions of the queries, later ones their number.
     positions = kwargs.get("cache_position")
@@ -130,16 +129,12 @@ def _mask_for_flash(kwargs: dict[str, Any]) -> bool:
     return queries > 1 and device.type == "cuda" and not custom
 
 
-def _has_flash() -> bool:
-    return os.environ.get("MUSTAFAR_FLASH_ATTENTION", "1") != "0" and is_flash_attn_2_available()
-
-
 def _takes_flash(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether these dense tensors go to FlashAttention 2; a 4D mask can only come from sdpa's mask
     function."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     plain = mask is None or mask.dim() == 2
-    return query.shape[2] > 1 and plain and half and query.is_cuda and _has_flash()
+    return query.shape[2] > 1 and plain and half and query.is_cuda and is_flash_attn_2_available()
 
 
 def _flash_attention(

@@ -49,8 +49,8 @@ class MustafarCache(Cache):
     flush_every : int
         Tokens that gather beyond them before they are pruned.
     backend : {"kernel", "simulate"}
-        "simulate" prunes the same values at the same times and returns dense tensors: it saves no memory,
-        needs no extension and works with any attention implementation, which it leaves as it is.
+        "simulate" prunes the same values at the same times and returns dense tensors: it saves no memory and
+        works with any attention implementation, which it leaves as it is.
     offloading : bool
         Not supported, must be False.
 
@@ -68,8 +68,6 @@ class MustafarCache(Cache):
         For arguments out of range, naming the valid ones.
     NotImplementedError
         For models whose attention decoding does not compute, and offloading.
-    ImportError
-        If the kernel backend is not built, with the command that builds it.
     """
 
     def __init__(
@@ -106,8 +104,6 @@ class MustafarCache(Cache):
         _check_model(config, self.settings.simulate)
         super().__init__(layers=_make_layers(config, self.settings))
         if not self.settings.simulate:
-            from mustafar import ops  # noqa: F401  (fails here, before a prompt is processed, if it is not built)
-
             attention.register()
             config._attn_implementation = attention.NAME
 

@@ -11,6 +11,7 @@ import abc
 
 import torch
 
+from mustafar import ops
 from mustafar.format import SLICE_TOKENS, CompressedTensor
 from mustafar.pruning import Pruning
 from mustafar.store import Select, SliceStore
@@ -127,8 +128,6 @@ class PackedHistory(History):
     def _pack(self, x: torch.Tensor) -> None:
         if x.shape[2] == 0:
             return
-        from mustafar import ops  # here: simulation works where the extension is not built
-
         uniform = self.pruning.rule.uniform
         # A token of a uniform rule has at most `kept` non-zeros left, so keeping that many keeps them all.
         self.store.append(
@@ -148,8 +147,6 @@ class PackedHistory(History):
         )
 
     def _unpacked(self, first: int, last: int) -> torch.Tensor:
-        from mustafar import ops
-
         if first == last:
             return self.window[:, :, :0]
         return ops.decompress(self.store.view(first, last))

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from mustafar import ops
 from mustafar.format import DTYPES, MAX_HEAD_DIM, SLICE_TOKENS
 from mustafar.history import DenseHistory, History, PackedHistory
 from mustafar.pruning import Pruning
@@ -152,8 +153,6 @@ class MustafarLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """Decode attention of query [B, H, D] over all tokens held; `mustafar.ops.decode_attention` says the
         rest."""
-        from mustafar import ops
-
         keys, values = self.histories
         lengths = self.lengths.get(self.batch, keys.packed_tokens, keys.window_tokens, self.device)
         return ops.decode_attention(
@@ -247,8 +246,8 @@ def _refuse_use(what: str) -> NoReturn:
     raise RuntimeError(
         f"attention used the compressed keys and values as tensors ({what}): "
         'attn_implementation must be "mustafar" to decode on them. Call '
-        'model.set_attn_implementation("mustafar") after `mustafar.register()`, or use backend="simulate", '
-        "which works with any attention implementation"
+        'model.set_attn_implementation("mustafar"); where the model has attention code of its own, which ignores '
+        'that, use backend="simulate": it works with any attention'
     )
 
 
