@@ -110,15 +110,16 @@ struct Avx512 {
     }
   }
   static uint32_t at_least(const uint16_t* keys, uint16_t bound) {
-    return _mm512_cmpge_epu16_mask(_mm512_load_si512(keys), _mm512_set1_epi16(static_cast<int16_t>(bound)));
+    const __m512i bounds = _mm512_set1_epi16(static_cast<int16_t>(bound));
+    return in_general_register<uint32_t>(_mm512_cmpge_epu16_mask(_mm512_load_si512(keys), bounds));
   }
   static uint32_t at_least(const uint32_t* keys, uint32_t bound) {
     const __m512i bounds = _mm512_set1_epi32(static_cast<int32_t>(bound));
-    const uint32_t low = _mm512_cmpge_epu32_mask(_mm512_load_si512(keys), bounds);
-    const uint32_t high = _mm512_cmpge_epu32_mask(_mm512_load_si512(keys + 16), bounds);
-    return low | high << 16;
+    const auto low = _mm512_cmpge_epu32_mask(_mm512_load_si512(keys), bounds);
+    const auto high = _mm512_cmpge_epu32_mask(_mm512_load_si512(keys + 16), bounds);
+    return in_general_register<uint16_t>(low) | static_cast<uint32_t>(in_general_register<uint16_t>(high))
+                                                    << 16;
   }
-
   template <class Key>
   static int count_at_least(const Key* keys, Key bound) {
     return popcount(at_least(keys, bound));
@@ -137,6 +138,13 @@ struct Avx512 {
 
  private:
   static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  // When GCC 12 spills a mask that is about to be widened, it may store the narrow mask and read the wide one
+  // back, with whatever lies above (seen at -O1 with -fsanitize=undefined). Widened from here it cannot.
+  template <class Bits>
+  static Bits in_general_register(Bits mask) {
+    asm("" : "+r"(mask));
+    return mask;
+  }
   // Lanes 4 i .. 4 i + 3 of the result: a0 + a2, b0 + b2, a1 + a3, b1 + b3 of block i.
   static Vec add_pairs(Vec a, Vec b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
