@@ -11,9 +11,11 @@ from mustafar.attention import mustafar_attention, mustafar_mask, register
 from mustafar.cache import MustafarCache
 from mustafar.layer import CompressedKV
 from mustafar.testing import accuracy
-from tiny_models import cache_for, generate, prompts, tiny
+from tiny_models import cache_for, generate, one_thread, prompts, tiny
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.masking_utils import causal_mask_function
+
+__all__ = ["one_thread"]
 
 MODULE = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
 

@@ -11,9 +11,11 @@ from mustafar.cache import MustafarCache
 from mustafar.format import num_kept
 from mustafar.history import PackedHistory
 from mustafar.layer import CompressedKV, MustafarLayer
-from tiny_models import cache_for, tiny
+from tiny_models import cache_for, one_thread, tiny
 from transformers import Gemma2Config, LlamaConfig, LlavaConfig, T5Config
 from transformers.cache_utils import DynamicSlidingWindowLayer
+
+__all__ = ["one_thread"]
 
 HEADS, HEAD_DIM = 2, 64
 

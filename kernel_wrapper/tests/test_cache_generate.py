@@ -12,8 +12,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from mustafar.pruning import RULES, Rule
-from tiny_models import FAMILIES, cache_for, generate, prompts, tiny
+from tiny_models import FAMILIES, cache_for, generate, one_thread, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel
+
+__all__ = ["one_thread"]
 
 SHORT = {"residual_length": 8, "flush_every": 16}  # several flushes within a few dozen tokens
 MODES = {
@@ -22,15 +24,6 @@ MODES = {
     "beam": {"num_beams": 3, "num_return_sequences": 2},
     "beam_sampling": {"num_beams": 2, "do_sample": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny matrices: threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _assert_equal(

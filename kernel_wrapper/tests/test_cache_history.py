@@ -9,6 +9,9 @@ from mustafar.format import num_kept
 from mustafar.history import DenseHistory, PackedHistory
 from mustafar.pruning import RULES, Pruning, Rule
 from mustafar.store import SliceStore
+from tiny_models import one_thread
+
+__all__ = ["one_thread"]
 
 
 def weighted(x: torch.Tensor, window: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from mustafar import ops, pruning, reference
 from mustafar.format import num_kept
 from mustafar.pruning import Pruning, Rule, get_rule, keep_top
+from tiny_models import one_thread
+
+__all__ = ["one_thread"]
 
 
 def _with_specials(x: torch.Tensor) -> torch.Tensor:

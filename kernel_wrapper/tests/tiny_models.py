@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from mustafar.cache import MustafarCache
 from transformers import (
@@ -32,6 +34,15 @@ FAMILIES = {
     ),
 }
 HEAD_DIM = {"mistral": 128, "qwen3": 80}  # 64 in the others
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For modules that import it: tensors are so small that threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
