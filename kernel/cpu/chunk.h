@@ -6,10 +6,12 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "packed.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace mustafar::cpu {
@@ -24,13 +26,33 @@ struct Chunk {
   bool in_window;
 };
 
-inline void append_chunks(std::vector<Chunk>& chunks, int64_t b, int64_t h, int64_t begin, int64_t end,
-                          bool in_window) {
-  for (int64_t next; begin < end; begin = next) {
-    next = std::min(end, round_up(begin + 1, kChunkTokens));
-    chunks.push_back({b, h, begin, next, in_window});
+// The chunks of every KV head of every sequence: those of head i = b * Hkv + h are first[i] .. first[i + 1]
+// - 1.
+struct Plan {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first{0};
+
+  // Of the head that is open.
+  void add(int64_t b, int64_t h, int64_t begin, int64_t end, bool in_window) {
+    for (int64_t next; begin < end; begin = next) {
+      next = std::min(end, round_up(begin + 1, kChunkTokens));
+      chunks.push_back({b, h, begin, next, in_window});
+    }
   }
-}
+  void close_head() { first.push_back(count()); }
+  int64_t count() const { return static_cast<int64_t>(chunks.size()); }
+  int64_t heads() const { return static_cast<int64_t>(first.size()) - 1; }
+
+  // All compressed tokens of all heads.
+  static Plan over_tokens(int64_t batch, int64_t kv_heads, int64_t tokens) {
+    Plan plan;
+    for (int64_t i = 0; i < batch * kv_heads; ++i) {
+      plan.add(i / kv_heads, i % kv_heads, 0, tokens, false);
+      plan.close_head();
+    }
+    return plan;
+  }
+};
 
 // Dense tokens [B, Hkv, tokens, D] that follow the compressed ones.
 struct WindowView {
@@ -100,14 +122,49 @@ class ChunkReader {
 // What one thread works with.
 struct ChunkScratch {
   ChunkScratch(int64_t group, int64_t pitch)
-      : tile(kTileRows * pitch), queries(group * pitch), scores(group * kScoresPitch) {
+      : tile(kTileRows * pitch), queries(group * pitch), scores(group * kScoresPitch), result(group * pitch) {
     std::fill_n(tile.get(), kTileRows * pitch, 0.0f);
     std::fill_n(queries.get(), group * pitch, 0.0f);
   }
   FloatBuffer tile;     // [kTileRows, pitch] of any element type, zero past D
   FloatBuffer queries;  // [G, pitch], zero past D
   FloatBuffer scores;   // [G, kScoresPitch]
+  FloatBuffer result;   // [G, pitch]
 };
+
+// Calls work(i, scratch) for every chunk i, and finish(head, scratch) once all chunks of a head are done, by
+// the thread that did the last one: a second pass over the heads would make all threads wait for one another
+// again.
+template <class Work, class Finish>
+void for_each_chunk(const Plan& plan, int64_t group, int64_t pitch, const ParallelFor& parallel,
+                    const Work& work, const Finish& finish) {
+  std::vector<int64_t> head_of(plan.count());
+  std::vector<std::atomic<int64_t>> left(plan.heads());
+  int64_t tokens = 0;
+  for (int64_t head = 0; head < plan.heads(); ++head) {
+    left[head] = plan.first[head + 1] - plan.first[head];
+    if (left[head] == 0) finish(head, ChunkScratch(group, pitch));
+    for (int64_t i = plan.first[head]; i < plan.first[head + 1]; ++i) {
+      head_of[i] = head;
+      tokens += plan.chunks[i].end - plan.chunks[i].begin;
+    }
+  }
+  const auto body = [&](int64_t begin, int64_t end) {
+    const ChunkScratch scratch(group, pitch);
+    for (int64_t i = begin; i < end; ++i) {
+      work(i, scratch);
+      // Acquire and release: the last to finish sees what the others wrote.
+      if (left[head_of[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(head_of[i], scratch);
+    }
+  };
+  // Some 20 microseconds of work are not worth waking other threads.
+  constexpr int64_t kSerialWork = 1 << 18;
+  if (tokens * pitch * (group + 4) < kSerialWork) {
+    body(0, plan.count());
+  } else {
+    parallel(plan.count(), body);
+  }
+}
 
 // Query heads of one KV head as float32.
 inline void load_queries(const Kernels& kernel, const void* q, int64_t head_stride, int group, int head_dim,

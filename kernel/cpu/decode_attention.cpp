@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "chunk.h"
@@ -17,25 +19,28 @@ struct Partial {
   float max, sum;
 };
 
-// The visible tokens of every sequence, cut up. Those of KV head h of sequence b are chunks
-// first[b * Hkv + h] .. first[b * Hkv + h + 1] - 1.
-struct Plan {
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> first;
-
-  explicit Plan(const DecodeAttentionParams& p) : first{0} {
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t packed = p.lengths[2 * b], total = packed + p.lengths[2 * b + 1];
-      int64_t start = p.starts != nullptr ? std::max<int64_t>(p.starts[b], 0) : 0;
-      if (p.sliding_window > 0) start = std::max(start, total - p.sliding_window);
-      for (int64_t h = 0; h < p.kv_heads; ++h) {
-        append_chunks(chunks, b, h, start, packed, false);
-        append_chunks(chunks, b, h, std::max<int64_t>(start - packed, 0), total - packed, true);
-        first.push_back(static_cast<int64_t>(chunks.size()));
-      }
+// The visible tokens of every sequence.
+Plan visible_tokens(const DecodeAttentionParams& p) {
+  Plan plan;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t packed = p.lengths[2 * b], recent = p.lengths[2 * b + 1], total = packed + recent;
+    const int64_t capacity = int64_t{p.slices} * kSliceTokens;
+    if (packed < 0 || packed > capacity || recent < 0 || recent > p.window_capacity) {
+      throw std::out_of_range("lengths[" + std::to_string(b) + "]: expected at most " +
+                              std::to_string(capacity) + " compressed and " +
+                              std::to_string(p.window_capacity) + " window tokens, got " +
+                              std::to_string(packed) + " and " + std::to_string(recent));
+    }
+    int64_t start = p.starts != nullptr ? std::max<int64_t>(p.starts[b], 0) : 0;
+    if (p.sliding_window > 0) start = std::max(start, total - p.sliding_window);
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      plan.add(b, h, start, packed, false);
+      plan.add(b, h, std::max<int64_t>(start - packed, 0), recent, true);
+      plan.close_head();
     }
   }
-};
+  return plan;
+}
 
 // Weighted sums of the values of one query head over several chunks: one softmax over all of them.
 // parts and sums are `stride` and `stride * pitch` apart from chunk to chunk.
@@ -71,38 +76,33 @@ void decode_attention(const DecodeAttentionParams& p, const ParallelFor& paralle
   const int64_t pitch = keys.pitch();
   const int group = p.q_heads / p.kv_heads;
 
-  const Plan plan(p);
-  const int64_t count = static_cast<int64_t>(plan.chunks.size());
-  std::vector<Partial> parts(count * group);      // [chunks, G]
-  const FloatBuffer sums(count * group * pitch);  // [chunks, G, pitch]
-  parallel(count, [&](int64_t begin, int64_t end) {
-    const ChunkScratch scratch(group, pitch);
+  const Plan plan = visible_tokens(p);
+  std::vector<Partial> parts(plan.count() * group);      // [chunks, G]
+  const FloatBuffer sums(plan.count() * group * pitch);  // [chunks, G, pitch]
+  const auto attend = [&](int64_t i, const ChunkScratch& scratch) {
+    const Chunk& chunk = plan.chunks[i];
     float* const scores = scratch.scores.get();
-    for (int64_t i = begin; i < end; ++i) {
-      const Chunk& chunk = plan.chunks[i];
-      load_queries(kernel, at(p.q, chunk.b * p.q_batch_stride + chunk.h * group * p.q_head_stride, p.dtype),
-                   p.q_head_stride, group, p.head_dim, pitch, p.dtype, scratch.queries.get());
-      keys.score(chunk, scratch.queries.get(), group, scratch.tile.get(), scores);
-      for (int64_t g = 0; g < group; ++g) {
-        Partial& part = parts[i * group + g];
-        kernel.softmax(scores + g * kScoresPitch, chunk.end - chunk.begin, p.scale, &part.max, &part.sum);
-      }
-      values.weigh(chunk, scores, group, scratch.tile.get(), sums.get() + i * group * pitch);
+    load_queries(kernel, at(p.q, chunk.b * p.q_batch_stride + chunk.h * group * p.q_head_stride, p.dtype),
+                 p.q_head_stride, group, p.head_dim, pitch, p.dtype, scratch.queries.get());
+    keys.score(chunk, scratch.queries.get(), group, scratch.tile.get(), scores);
+    for (int64_t g = 0; g < group; ++g) {
+      Partial& part = parts[i * group + g];
+      kernel.softmax(scores + g * kScoresPitch, chunk.end - chunk.begin, p.scale, &part.max, &part.sum);
     }
-  });
-
-  parallel(static_cast<int64_t>(p.batch) * p.kv_heads, [&](int64_t begin, int64_t end) {
-    const FloatBuffer out(pitch);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / p.kv_heads, first = plan.first[i];
-      for (int64_t g = 0; g < group; ++g) {
-        combine(parts.data() + first * group + g, sums.get() + (first * group + g) * pitch,
-                plan.first[i + 1] - first, group, pitch, out.get());
-        const int64_t start = b * p.out_batch_stride + (i % p.kv_heads * group + g) * p.out_head_stride;
-        kernel.from_float[static_cast<int>(p.dtype)](out.get(), at(p.out, start, p.dtype), p.head_dim);
-      }
+    values.weigh(chunk, scores, group, scratch.tile.get(), sums.get() + i * group * pitch);
+  };
+  const auto combine_head = [&](int64_t head, const ChunkScratch& scratch) {
+    const int64_t first = plan.first[head], chunks = plan.first[head + 1] - first;
+    float* const out = scratch.result.get();
+    for (int64_t g = 0; g < group; ++g) {
+      combine(parts.data() + first * group + g, sums.get() + (first * group + g) * pitch, chunks, group,
+              pitch, out);
+      const int64_t start =
+          head / p.kv_heads * p.out_batch_stride + (head % p.kv_heads * group + g) * p.out_head_stride;
+      kernel.from_float[static_cast<int>(p.dtype)](out, at(p.out, start, p.dtype), p.head_dim);
     }
-  });
+  };
+  for_each_chunk(plan, group, pitch, parallel, attend, combine_head);
 }
 
 }  // namespace mustafar::cpu

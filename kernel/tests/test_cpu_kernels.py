@@ -148,15 +148,15 @@ def test_decode_attention_at_random(dtype):
 def test_not_finite_as_reference(dtype):
     """Infinities and NaN among keys and values end in NaN exactly where dense attention has them."""
     g = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 4, 64, generator=g).to(dtype)
+    q = torch.randn(1, 4, 80, generator=g).to(dtype)
     lengths = torch.tensor([[600, 0]], dtype=torch.int32)
-    window = torch.zeros(1, 2, 0, 64, dtype=dtype)
+    window = torch.zeros(1, 2, 0, 80, dtype=dtype)
     for place in (5, 300, 599):
         for bad in (math.inf, -math.inf, math.nan):
             for which in ("key", "value", "all keys"):
-                k, v = torch.randn(2, 1, 2, 600, 64, generator=g).to(dtype)
+                k, v = torch.randn(2, 1, 2, 600, 80, generator=g).to(dtype)
                 rows = slice(None) if which == "all keys" else place
-                (v if which == "value" else k)[0, 1, rows, 3] = bad
+                (v if which == "value" else k)[0, 0, rows, 3] = bad
                 args = (q, ops.compress(k), ops.compress(v), window, window, lengths)
                 got, exact = ops.decode_attention(*args), reference.decode_attention(*args)
                 assert torch.equal(got.isnan(), exact.isnan()), (place, bad, which)
@@ -207,6 +207,21 @@ def test_stores_beyond_32_bits():
     values = store.as_strided(packed.values.shape, (far, far, slots, 512, 8, 1)).copy_(packed.values)
     spread = CompressedTensor(packed.bitmap, values, None, None, 10, 64)
     assert same_bits(ops.decompress(spread), ops.decompress(packed))
+
+
+def test_lengths_out_of_range_are_an_error():
+    x = torch.zeros(1, 1, 70, 64)
+    packed, window = ops.prune_compress(x, 8), x[:, :, :5]
+    for lengths in ([[129, 0]], [[70, 6]], [[-1, 0]], [[0, -1]]):
+        with pytest.raises((RuntimeError, ValueError, IndexError), match="lengths"):
+            ops.decode_attention(
+                torch.zeros(1, 1, 64),
+                packed,
+                packed,
+                window,
+                window,
+                torch.tensor(lengths, dtype=torch.int32),
+            )
 
 
 def test_unknown_level_is_an_error(monkeypatch):
