@@ -53,7 +53,8 @@ def with_cuda() -> bool:
 
 
 def extension() -> cpp_extension.CppExtension:
-    cxx = ["-O3", "-std=c++20"]
+    # at::parallel_for in our sources is a plain loop unless they are compiled with OpenMP.
+    cxx = ["-O3", "-std=c++20", "-fopenmp"]
     common = sources(Path("csrc"), "bindings.cpp", "ops_cpu.cpp") + sources(KERNEL / "cpu", "*.cpp")
     headers = [
         str(path) for folder in ("csrc", "../kernel", "../kernel/cpu", "../kernel/csrc")
