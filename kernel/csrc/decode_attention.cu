@@ -58,11 +58,11 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
   const Sequence sequence(p, at.b);
 
-  const uint32_t region = Queries::kBytes + warp * kWarpBytes;
+  char* const own = shared + Queries::kBytes + warp * kWarpBytes;
+  const uint32_t table = shared_address(shared), region = shared_address(own);
   const uint32_t tile = region + kGuardRows * kTilePitch, weights = region + tile_bytes(kChannels);
-  fill_zero(shared, region, kWarpBytes, lane);
-  Queries::fill(shared,
-                static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
+  fill_zeros(region, kWarpBytes, lane);
+  Queries::fill(table, static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
                 p.q_head_stride, at.heads, p.head_dim);
   __syncthreads();
 
@@ -73,10 +73,11 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   const DenseWindow v_window{p.v_window, p.v_window_batch_stride, p.v_window_head_stride,
                              p.v_window_token_stride, p.head_dim};
   RowPair<kWords> keys, values;
-  const auto begin = [&](RowPair<kWords>& rows, const RowSource& source, const Unit& unit) {
+  const auto begin = [&](RowPair<kWords>& rows, const Unit& unit, const Location& location,
+                         const CompressedView& view, const DenseWindow& window) {
     const bool visible[kRowsPerLane] = {sequence.visible(unit, lane),
                                         sequence.visible(unit, lane + kWarpSize)};
-    rows.begin(source, visible, words, lane);
+    rows.begin(unit_rows(unit, location, view, window, at.b, at.kv_head, words), visible, words, lane);
   };
 
   ValueProduct<T, kChannels, kTiles> output;
@@ -86,19 +87,19 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   for (int h = 0; h < kHeads; ++h) partial[h] = {-INFINITY, 0.f};
 
   Unit unit, next;
-  RowSource value_rows, next_key_rows, next_value_rows;
+  Location value_location, next_key_location, next_value_location;
   bool more = sequence.deal(self, warps, 0, &unit);
   if (more) {
-    begin(keys, unit_rows(unit, p.key, at.b, at.kv_head, words, k_window), unit);
-    value_rows = unit_rows(unit, p.value, at.b, at.kv_head, words, v_window);
+    begin(keys, unit, locate(unit, p.key, k_window, at.b, at.kv_head), p.key, k_window);
+    value_location = locate(unit, p.value, v_window, at.b, at.kv_head);
   }
   for (int turn = 1; more; ++turn) {
-    begin(values, value_rows, unit);
     more = sequence.deal(self, warps, turn, &next);
     if (more) {
-      next_key_rows = unit_rows(next, p.key, at.b, at.kv_head, words, k_window);
-      next_value_rows = unit_rows(next, p.value, at.b, at.kv_head, words, v_window);
+      next_key_location = locate(next, p.key, k_window, at.b, at.kv_head);
+      next_value_location = locate(next, p.value, v_window, at.b, at.kv_head);
     }
+    begin(values, unit, value_location, p.value, v_window);
 
     // Scores of the lane's two tokens with every head.
     float scores[kRowsPerLane][kHeads];
@@ -109,12 +110,12 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
         for (int h = 0; h < kHeads; ++h) scores[r][h] = 0.f;
     };
     clear();
-    walk<Queries::kPitch>(keys, Queries::column(lane), p.head_dim, words, lane, clear,
-                          [&](int row, uint32_t offset, uint32_t pair, bool high) {
-                            Queries::add(scores[row], shared, offset,
-                                         high ? Half<T>::high(pair) : Half<T>::low(pair));
-                          });
-    if (more) begin(keys, next_key_rows, next);
+    walk<Queries::kPitch, 0>(keys, table + Queries::column(lane), p.head_dim, words, lane, clear,
+                             [&](int row, uint32_t address, uint32_t pair, bool high) {
+                               Queries::add(scores[row], address,
+                                            high ? Half<T>::high(pair) : Half<T>::low(pair));
+                             });
+    if (more) begin(keys, next, next_key_location, p.key, k_window);
 
     // Softmax weights, relative to a maximum that the whole warp shares.
     bool above = false;
@@ -147,29 +148,25 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
       const float maximum = partial[h].maximum == -INFINITY ? 0.f : partial[h].maximum;
       const float first = exp2_fast(scores[0][h] - maximum), second = exp2_fast(scores[1][h] - maximum);
       partial[h].sum += first + second;
-      store_weight(shared, weights, h, Half<T>::pack(first, second), lane);
+      store_weight(weights, h, Half<T>::pack(first, second), lane);
     }
 
-    walk<kTilePitch>(
-        values, tile_column(tile, lane), p.head_dim, words, lane, [] {},
-        [&](int row, uint32_t offset, uint32_t pair, bool high) {
-          scatter(shared, offset, row, pair, high);
-        });
+    walk<kTilePitch, 2>(values, tile_column(tile, lane), p.head_dim, words, lane, [] {}, scatter);
     __syncwarp();
-    output.add(shared, tile, weights, p.head_dim, lane);
+    output.add(tile, weights, p.head_dim, lane);
     __syncwarp();
     unit = next;
-    value_rows = next_value_rows;
+    value_location = next_value_location;
   }
 
   // Merge the warps of the block: each leaves its sums in its own tile.
-  output.store(reinterpret_cast<float*>(shared + region), lane);
+  output.store(reinterpret_cast<float*>(own), lane);
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
       partial[h].sum += __shfl_xor_sync(kFullWarp, partial[h].sum, distance);
-    if (lane == 0) reinterpret_cast<Partial*>(shared + weights)[h] = partial[h];
+    if (lane == 0) reinterpret_cast<Partial*>(own + tile_bytes(kChannels))[h] = partial[h];
   }
   __syncthreads();
   const Workspace workspace(p.workspace, int64_t{p.batch} * p.q_heads * plan.splits);

@@ -16,9 +16,9 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   const int g = lane / 4, q = lane % 4;
 
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
-  const uint32_t region = warp * tile_bytes(kChannels);
+  const uint32_t region = shared_address(shared) + warp * tile_bytes(kChannels);
   const uint32_t tile = region + kGuardRows * kTilePitch;
-  fill_zero(shared, region, tile_bytes(kChannels), lane);
+  fill_zeros(region, tile_bytes(kChannels), lane);
   KeyProduct<T, kChannels> product;
   const T* queries = static_cast<const T*>(p.q) + at.b * p.q_batch_stride;
   product.load_queries(g < at.heads ? queries + (at.first_head + g) * p.q_head_stride : nullptr, p.head_dim,
@@ -31,22 +31,21 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   const int warps = plan.splits * block_warps(kChannels);
   int slice = at.split * block_warps(kChannels) + warp;
   RowPair<kWords> rows;
-  RowSource next;
+  Location next;
   const bool visible[kRowsPerLane] = {true, true};
-  if (slice < slices) rows.begin(slice_of(p.key, at.b, at.kv_head, slice, words), visible, words, lane);
+  const auto begin = [&](const Location& location, int index) {
+    rows.begin(slice_rows(p.key, location, at.b, at.kv_head, index, words), visible, words, lane);
+  };
+  if (slice < slices) begin(locate(p.key, at.b, at.kv_head, slice), slice);
   for (; slice < slices; slice += warps) {
     const bool more = slice + warps < slices;
-    if (more) next = slice_of(p.key, at.b, at.kv_head, slice + warps, words);
-    walk<kTilePitch>(
-        rows, tile_column(tile, lane), p.head_dim, words, lane, [] {},
-        [&](int row, uint32_t offset, uint32_t pair, bool high) {
-          scatter(shared, offset, row, pair, high);
-        });
-    if (more) rows.begin(next, visible, words, lane);
+    if (more) next = locate(p.key, at.b, at.kv_head, slice + warps);
+    walk<kTilePitch, 2>(rows, tile_column(tile, lane), p.head_dim, words, lane, [] {}, scatter);
+    if (more) begin(next, slice + warps);
     __syncwarp();
-    product.multiply(shared, tile, p.head_dim, lane);
+    product.multiply(tile, p.head_dim, lane);
     __syncwarp();
-    fill_zero(shared, tile, kChannels * kTilePitch, lane);
+    fill_zeros(tile, kChannels * kTilePitch, lane);
     __syncwarp();
 #pragma unroll
     for (int tokens = 0; tokens < KeyProduct<T, kChannels>::kTokenBlocks; ++tokens)

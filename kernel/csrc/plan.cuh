@@ -35,7 +35,7 @@ struct Place {
   int64_t b;
   int32_t kv_head, first_head, heads, split;  // query heads first_head .. first_head + heads - 1
 
-  __device__ __forceinline__ Place(const Plan& plan, int64_t index, int q_heads, int kv_heads) {
+  __device__ __forceinline__ Place(const Plan& plan, uint32_t index, uint32_t q_heads, uint32_t kv_heads) {
     const int group = q_heads / kv_heads;
     split = index % plan.splits;
     index /= plan.splits;

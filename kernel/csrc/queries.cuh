@@ -6,64 +6,60 @@
 
 #include "half.cuh"
 #include "rows.cuh"
+#include "shared.cuh"
 
 namespace mustafar::cuda {
 
 // The table has a row of kPitch bytes a channel: an entry (the channel in all kHeads queries) as often as
-// fits. Each lane reads its own copy, so a gather conflicts at no choice of channels: 128 bytes are 16 copies
-// of 4 heads, and a half-warp is what loads 8 bytes a lane at once. 256 channels get half the copies to leave
-// room for tiles. One head is stored as float32, which saves the conversion and costs no bandwidth.
+// fits. Each lane reads its own copy, so a gather conflicts at no choice of channels: 128 bytes are 8 copies
+// of 4 heads in float32, and a quarter-warp is what loads 16 bytes a lane at once. 8 heads stay in half
+// precision, for twice the bandwidth costs more than the conversions. 256 channels get half the copies, to
+// leave room for tiles.
 template <class T, int kChannels, int kHeads>
 struct QueryTable {
   static constexpr int kPitch = kChannels == 256 ? 64 : 128;
   static constexpr int kBytes = table_bytes(kChannels, kPitch);
-  static constexpr int kEntryWords = kHeads == 1 ? 1 : kHeads / 2;
+  static constexpr bool kFloat = kHeads <= 4;
+  static constexpr int kEntryWords = kFloat ? kHeads : kHeads / 2;
   static constexpr int kEntryBytes = 4 * kEntryWords;
 
   // By the whole block, without barriers: rows before and after the channels are zeros.
-  static __device__ __forceinline__ void fill(char* shared, const T* queries, int64_t head_stride, int heads,
-                                              int head_dim) {
-    constexpr int kRowWords = kPitch / 4;
-    constexpr int kRows = kBytes / kPitch;
+  static __device__ __forceinline__ void fill(uint32_t table, const T* queries, int64_t head_stride,
+                                              int heads, int head_dim) {
+    constexpr int kRowWords = kPitch / 4, kRows = kBytes / kPitch;
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(queries);
-    uint32_t* table = reinterpret_cast<uint32_t*>(shared);
+    const int word = threadIdx.x % kRowWords, head = word % kEntryWords * (kFloat ? 1 : 2);
 #pragma unroll 8
-    for (int i = threadIdx.x; i < kRows * kRowWords; i += blockDim.x) {
-      const int channel = i / kRowWords - kGuardRows, head = i % kEntryWords * 2;
-      uint32_t word = 0;
-      if (channel >= 0 && channel < head_dim) {
-        if (head < heads) word = __ldg(bits + head * head_stride + channel);
-        if (head + 1 < heads) word |= uint32_t{__ldg(bits + (head + 1) * head_stride + channel)} << 16;
-        if constexpr (kHeads == 1) word = __float_as_uint(Half<T>::low(word));
+    for (int row = threadIdx.x / kRowWords; row < kRows; row += blockDim.x / kRowWords) {
+      const int channel = row - kGuardRows;
+      const bool held = channel >= 0 && channel < head_dim;
+      uint32_t entry = held && head < heads ? __ldg(bits + head * head_stride + channel) : 0;
+      if constexpr (kFloat) {
+        entry = __float_as_uint(Half<T>::low(entry));
+      } else if (held && head + 1 < heads) {
+        entry |= uint32_t{__ldg(bits + (head + 1) * head_stride + channel)} << 16;
       }
-      table[i] = word;
+      store32(table + (row * kRowWords + word) * 4, entry);
     }
   }
 
-  // This lane's copy of channel 0.
+  // Where this lane's copy of channel 0 lies from the start of the table.
   static __device__ __forceinline__ uint32_t column(int lane) {
     return kGuardRows * kPitch + lane % (kPitch / kEntryBytes) * kEntryBytes;
   }
 
-  // sums[head] += query[head][channel at offset] * key
-  static __device__ __forceinline__ void add(float (&sums)[kHeads], const char* shared, uint32_t offset,
-                                             float key) {
-    if constexpr (kHeads == 1) {
-      sums[0] = fmaf(*reinterpret_cast<const float*>(shared + offset), key, sums[0]);
-    } else {
-      const Entry entry = *reinterpret_cast<const Entry*>(shared + offset);
+  // sums[head] += query[head][channel at address] * key
+  static __device__ __forceinline__ void add(float (&sums)[kHeads], uint32_t address, float key) {
+    uint32_t entry[kEntryWords];
+    load(address, entry);
 #pragma unroll
-      for (int i = 0; i < kEntryWords; ++i) {
-        sums[2 * i] = fmaf(Half<T>::low(entry.words[i]), key, sums[2 * i]);
-        sums[2 * i + 1] = fmaf(Half<T>::high(entry.words[i]), key, sums[2 * i + 1]);
-      }
+    for (int h = 0; h < kHeads; ++h) {
+      const float query = kFloat       ? __uint_as_float(entry[h])
+                          : h % 2 == 0 ? Half<T>::low(entry[h / 2])
+                                       : Half<T>::high(entry[h / 2]);
+      sums[h] = fmaf(query, key, sums[h]);
     }
   }
-
- private:
-  struct alignas(kEntryBytes) Entry {
-    uint32_t words[kEntryWords];
-  };
 };
 
 }  // namespace mustafar::cuda

@@ -24,35 +24,41 @@ __host__ __device__ constexpr int table_bytes(int channels, int pitch) {
   return (kGuardRows + channels + kSinkRows) * pitch;
 }
 
-// Where the 64 rows of a slice lie. Uniform across the warp.
+// Which values belong to a slice. In the general layout both come from memory: located one slice ahead, and
+// nothing waits for them before RowPair::begin() does.
+struct Location {
+  int64_t first;  // value of the tensor
+  int32_t width;  // value slots of each row
+};
+
+__device__ __forceinline__ Location locate(const CompressedView& view, int64_t b, int h, int slice) {
+  if (view.offsets == nullptr)
+    return {b * view.values_batch_stride + h * view.values_head_stride +
+                int64_t{slice} * view.width * kSliceTokens,
+            view.width};
+  return {__ldg(view.offsets + b * view.offsets_batch_stride + h * view.offsets_head_stride + slice),
+          __ldg(view.widths + b * view.widths_batch_stride + h * view.widths_head_stride + slice)};
+}
+
+// The 64 rows of a slice. Uniform across the warp.
 struct RowSource {
   const uint64_t* bitmap;  // of row 0; null if every row holds every channel (the dense window)
   const uint4* values;     // vector 0 of row 0
+  int32_t vectors;         // of each row
   int32_t row_pitch;       // vectors from a row to the next
   int32_t vector_pitch;    // vectors from one vector of a row to its next
-  int32_t vectors;         // of each row
 };
 
-__device__ __forceinline__ RowSource slice_of(const CompressedView& view, int64_t b, int h, int slice,
-                                              int bitmap_words) {
-  RowSource source;
-  source.bitmap = view.bitmap + b * view.bitmap_batch_stride + h * view.bitmap_head_stride +
-                  int64_t{slice} * (kSliceTokens * bitmap_words);
-  int32_t width;
-  int64_t first;
-  if (view.offsets == nullptr) {
-    width = view.width;
-    first =
-        b * view.values_batch_stride + h * view.values_head_stride + int64_t{slice} * width * kSliceTokens;
-  } else {
-    width = view.widths[b * view.widths_batch_stride + h * view.widths_head_stride + slice];
-    first = view.offsets[b * view.offsets_batch_stride + h * view.offsets_head_stride + slice];
-  }
-  source.values = static_cast<const uint4*>(view.values) + first / kVectorValues;
-  source.row_pitch = 1;
-  source.vector_pitch = kSliceTokens;
-  source.vectors = width / kVectorValues;
-  return source;
+__device__ __forceinline__ RowSource slice_rows(const CompressedView& view, const Location& location,
+                                                int64_t b, int h, int slice, int bitmap_words) {
+  return {view.bitmap + b * view.bitmap_batch_stride + h * view.bitmap_head_stride +
+              int64_t{slice} * (kSliceTokens * bitmap_words),
+          static_cast<const uint4*>(view.values) + location.first / kVectorValues,
+          location.width / kVectorValues, 1, kSliceTokens};
+}
+
+__device__ __forceinline__ uint32_t pair_of(const uint4& vector, int i) {
+  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
 
 // One row's bitmap, left-aligned: the next channel is the top bit of bits[0]. Bits from head_dim on are ones
@@ -63,20 +69,26 @@ __device__ __forceinline__ RowSource slice_of(const CompressedView& view, int64_
 template <int kWords, int kPitch>
 struct Scan {
   uint32_t bits[kWords];
-  uint32_t at;  // table offset of the channel that bits[0] starts with
+  // Address in the table of the channel before the one that bits[0] starts with, less kPitch for each step
+  // since the last advance(): so an address costs one multiply-add, and the steps go into the offset of the
+  // access.
+  uint32_t at;
 
   // Sink rows are kSinkRows: called before each vector.
   __device__ __forceinline__ void clamp(uint32_t sink) { at = min(at, sink); }
 
-  // Consumes channels up to and including the next kept one, and returns its table offset.
-  __device__ __forceinline__ uint32_t step() {
-    const uint32_t shift = leading_zeros(bits[0]) + 1;
-    at += shift * kPitch;
+  // Consumes channels up to and including the next kept one, and returns its address in the table. The i-th
+  // call, from 0, since advance().
+  __device__ __forceinline__ uint32_t step(int i) {
+    const uint32_t zeros = leading_zeros(bits[0]), shift = zeros + 1;
+    at += zeros * kPitch;
 #pragma unroll
     for (int i = 0; i + 1 < kWords; ++i) bits[i] = __funnelshift_lc(bits[i + 1], bits[i], shift);
     bits[kWords - 1] = __funnelshift_lc(~0u, bits[kWords - 1], shift);
-    return at - kPitch;
+    return at + (i + 1) * kPitch;
   }
+
+  __device__ __forceinline__ void advance(int steps) { at += steps * kPitch; }
 
   __device__ __forceinline__ bool stalled() const { return bits[0] == 0; }
 
@@ -94,8 +106,9 @@ struct Scan {
 template <int kWords>  // 32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
 struct RowPair {
   const uint64_t* bitmap;
-  const uint4* row[kRowsPerLane];
-  int32_t vectors, vector_pitch;
+  const char* row[kRowsPerLane];  // vector 0
+  int32_t vectors;
+  uint32_t vector_bytes;  // from a vector to the next
   bool visible[kRowsPerLane];
   uint32_t words[kRowsPerLane][kWords];  // as stored: least significant bit first
   uint4 ring[kRing][kRowsPerLane];
@@ -105,22 +118,27 @@ struct RowPair {
                                         int bitmap_words, int lane) {
     bitmap = source.bitmap;
     vectors = source.vectors;
-    vector_pitch = source.vector_pitch;
+    vector_bytes = source.vector_pitch * sizeof(uint4);
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       visible[r] = rows_visible[r];
       const int token = visible[r] ? lane + r * kWarpSize : 0;
-      row[r] = source.values + int64_t{token} * source.row_pitch;
+      row[r] = reinterpret_cast<const char*>(source.values + int64_t{token} * source.row_pitch);
     }
     load_words(bitmap_words, lane);
+    load_ring();
+  }
+
+  __device__ __forceinline__ void load_ring() {
 #pragma unroll
     for (int slot = 0; slot < kRing; ++slot)
       if (slot < vectors) load(slot, slot);
   }
 
-  __device__ __forceinline__ void load(int slot, int vector) {
+  __device__ __forceinline__ void load(int slot, uint32_t vector) {
 #pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) ring[slot][r] = __ldg(row[r] + int64_t{vector} * vector_pitch);
+    for (int r = 0; r < kRowsPerLane; ++r)
+      ring[slot][r] = __ldg(reinterpret_cast<const uint4*>(row[r] + uint64_t{vector} * vector_bytes));
   }
 
   __device__ __forceinline__ void load_words(int bitmap_words, int lane) {
@@ -146,8 +164,9 @@ struct RowPair {
     }
   }
 
-  template <int kPitch>
-  __device__ __forceinline__ void start(Scan<kWords, kPitch> (&scan)[kRowsPerLane], uint32_t table,
+  // `before` and `sink`: addresses of the guard row and of the row before the sink rows, of row 0's table.
+  template <int kPitch, int kRowBytes>
+  __device__ __forceinline__ void start(Scan<kWords, kPitch> (&scan)[kRowsPerLane], uint32_t before,
                                         uint32_t sink, int head_dim) const {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
@@ -155,7 +174,7 @@ struct RowPair {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) any |= words[r][i];
       const bool empty = !visible[r] || any == 0;
-      scan[r].at = empty ? sink : table;
+      scan[r].at = (empty ? sink : before) + r * kRowBytes;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int channels = head_dim - 32 * i;  // of this word
@@ -166,41 +185,39 @@ struct RowPair {
   }
 };
 
-// Visits every value slot of a lane's two rows: visit(row, offset, pair, high) with the offset of the value's
-// channel in the table of `kPitch` bytes a channel that starts at `table`, and the value in the low or high
-// half of `pair`. Slots without a channel land in the sink rows. restart() comes before visits are repeated
-// from the first value on, which happens for rows with a run of 32 zeros.
-template <int kPitch, int kWords, class Restart, class Visit>
+// Visits every value slot of a lane's two rows: visit(row, address, pair, high) with the address of the
+// value's channel in the table of `kPitch` bytes a channel that starts at `table`, and the value in the low
+// or high half of `pair`. Slots without a channel land in the sink rows. restart() comes before visits are
+// repeated from the first value on, which happens for rows with a run of 32 zeros.
+template <int kPitch, int kRowBytes, int kWords, class Restart, class Visit>
 __device__ __forceinline__ void walk(RowPair<kWords>& rows, uint32_t table, int head_dim, int bitmap_words,
                                      int lane, Restart restart, Visit visit) {
-  const uint32_t sink = table + head_dim * kPitch;
+  const uint32_t before = table - kPitch, sink = before + head_dim * kPitch;
   Scan<kWords, kPitch> scan[kRowsPerLane];
-  rows.start(scan, table, sink, head_dim);
+  rows.template start<kPitch, kRowBytes>(scan, before, sink, head_dim);
 #pragma unroll 1
   for (int first = 0; first < rows.vectors; first += kRing) {
 #pragma unroll
     for (int slot = 0; slot < kRing; ++slot) {
-      const int vector = first + slot;
-      if (vector >= rows.vectors) break;
-      uint32_t pairs[kRowsPerLane][4];
+      if (first + slot >= rows.vectors) break;
 #pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint4& v = rows.ring[slot][r];
-        pairs[r][0] = v.x, pairs[r][1] = v.y, pairs[r][2] = v.z, pairs[r][3] = v.w;
-        scan[r].clamp(sink);
-      }
-      if (vector + kRing < rows.vectors) rows.load(slot, vector + kRing);
+      for (int r = 0; r < kRowsPerLane; ++r) scan[r].clamp(sink + r * kRowBytes);
 #pragma unroll
       for (int i = 0; i < kVectorValues; ++i)
 #pragma unroll
-        for (int r = 0; r < kRowsPerLane; ++r) visit(r, scan[r].step(), pairs[r][i / 2], i % 2 == 1);
+        for (int r = 0; r < kRowsPerLane; ++r)
+          visit(r, scan[r].step(i), pair_of(rows.ring[slot][r], i / 2), i % 2 == 1);
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) scan[r].advance(kVectorValues);
+      // Into the registers just used: a load into others would be copied, and the copy would wait for it.
+      if (first + slot + kRing < rows.vectors) rows.load(slot, first + slot + kRing);
     }
   }
   if (!__any_sync(kFullWarp, scan[0].stalled() || scan[1].stalled())) return;
 
   restart();
   rows.load_words(bitmap_words, lane);
-  rows.start(scan, table, sink, head_dim);
+  rows.template start<kPitch, kRowBytes>(scan, before, sink, head_dim);
 #pragma unroll 1
   for (int vector = 0; vector < rows.vectors; ++vector) {
     rows.load(0, vector);
@@ -208,10 +225,11 @@ __device__ __forceinline__ void walk(RowPair<kWords>& rows, uint32_t table, int 
     for (int i = 0; i < kVectorValues; ++i) {
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        if (i == 0) scan[r].clamp(sink);
+        if (i == 0) scan[r].clamp(sink + r * kRowBytes);
         scan[r].skip_zeros();
         uint4& v = rows.ring[0][r];
-        visit(r, scan[r].step(), v.x, false);
+        visit(r, scan[r].step(0), v.x, false);
+        scan[r].advance(1);
         v.x = v.x >> 16 | v.y << 16, v.y = v.y >> 16 | v.z << 16, v.z = v.z >> 16 | v.w << 16, v.w >>= 16;
       }
     }

@@ -67,27 +67,27 @@ struct Sequence {
   }
 };
 
-// Rows of a unit of keys or values.
-template <class Window>
-__device__ __forceinline__ RowSource unit_rows(const Unit& unit, const CompressedView& view, int64_t b,
-                                               int head, int words, const Window& window) {
-  if (!unit.window) return slice_of(view, b, head, unit.index, words);
-  RowSource source;
-  source.bitmap = nullptr;
-  source.row_pitch = static_cast<int32_t>(window.token_stride / kVectorValues);
-  source.values =
-      static_cast<const uint4*>(window.rows) + (b * window.batch_stride + head * window.head_stride +
-                                                int64_t{unit.index} * kSliceTokens * window.token_stride) /
-                                                   kVectorValues;
-  source.vector_pitch = 1;
-  source.vectors = window.head_dim / kVectorValues;
-  return source;
-}
-
 struct DenseWindow {
   const void* rows;
   int64_t batch_stride, head_stride, token_stride;
   int32_t head_dim;
 };
+
+// Location and rows of a unit of keys or values.
+__device__ __forceinline__ Location locate(const Unit& unit, const CompressedView& view,
+                                           const DenseWindow& window, int64_t b, int head) {
+  if (!unit.window) return locate(view, b, head, unit.index);
+  return {b * window.batch_stride + head * window.head_stride +
+              int64_t{unit.index} * kSliceTokens * window.token_stride,
+          window.head_dim};
+}
+
+__device__ __forceinline__ RowSource unit_rows(const Unit& unit, const Location& location,
+                                               const CompressedView& view, const DenseWindow& window,
+                                               int64_t b, int head, int bitmap_words) {
+  if (!unit.window) return slice_rows(view, location, b, head, unit.index, bitmap_words);
+  return {nullptr, static_cast<const uint4*>(window.rows) + location.first / kVectorValues,
+          location.width / kVectorValues, static_cast<int32_t>(window.token_stride / kVectorValues), 1};
+}
 
 }  // namespace mustafar::cuda

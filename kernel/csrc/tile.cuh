@@ -11,6 +11,7 @@
 
 #include "half.cuh"
 #include "rows.cuh"
+#include "shared.cuh"
 
 namespace mustafar::cuda {
 
@@ -22,30 +23,20 @@ __host__ __device__ constexpr int tile_bytes(int channels) { return table_bytes(
 // Heads of one mma with the tile of values: half its columns, see ValueProduct.
 constexpr int kHeadsPerTile = 4;
 
-// Lane l's column of the tile at byte offset `tile` (of channel 0) in `shared`.
+// Lane l's column of the tile whose channel 0 is at `tile`.
 __device__ __forceinline__ uint32_t tile_column(uint32_t tile, int lane) { return tile + lane * 4; }
 
-// Stores one value: the visit of walk() over tile_column().
-__device__ __forceinline__ void scatter(char* shared, uint32_t offset, int row, uint32_t pair, bool high) {
-  *reinterpret_cast<uint16_t*>(shared + offset + 2 * row) = static_cast<uint16_t>(high ? pair >> 16 : pair);
-}
-
-__device__ __forceinline__ void fill_zero(char* shared, uint32_t offset, int bytes, int lane) {
-  for (int i = lane * 16; i < bytes; i += kWarpSize * 16)
-    *reinterpret_cast<uint4*>(shared + offset + i) = make_uint4(0, 0, 0, 0);
-}
-
-__device__ __forceinline__ void to_array(uint32_t (&words)[4], const uint4& v) {
-  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+// Stores one value: the visit of walk() over tile_column(), with the rows 2 bytes apart.
+__device__ __forceinline__ void scatter(int /*row*/, uint32_t address, uint32_t pair, bool high) {
+  store16(address, high ? pair >> 16 : pair);
 }
 
 // Weights of a slice: [heads][32 words], word l = the weights of tokens l and l + 32. 192 bytes a head
 // instead of 128 put the rows of two neighbouring heads on different banks.
 constexpr int kWeightsPitch = 192;
 __host__ __device__ constexpr int weights_bytes(int heads) { return heads * kWeightsPitch; }
-__device__ __forceinline__ void store_weight(char* shared, uint32_t weights, int head, uint32_t pair,
-                                             int lane) {
-  *reinterpret_cast<uint32_t*>(shared + weights + head * kWeightsPitch + lane * 4) = pair;
+__device__ __forceinline__ void store_weight(uint32_t weights, int head, uint32_t pair, int lane) {
+  store32(weights + head * kWeightsPitch + lane * 4, pair);
 }
 
 // sum[channel][head] += over the slice's tokens of tile[channel][token] * weights[head][token].
@@ -83,34 +74,40 @@ struct ValueProduct {
   }
 
   // Leaves the tile all zeros. The caller puts a __syncwarp() before and after.
-  __device__ __forceinline__ void add(char* shared, uint32_t tile, uint32_t weights, int head_dim, int lane) {
+  __device__ __forceinline__ void add(uint32_t tile, uint32_t weights, int head_dim, int lane) {
     const int g = lane / 4, q = lane % 4;
     uint32_t lower[kTiles][4], upper[kTiles][4];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const char* head = shared + weights + (t * kHeadsPerTile + g % kHeadsPerTile) * kWeightsPitch + q * 16;
-      const int first = g < kHeadsPerTile ? 0 : 64;
-      to_array(lower[t], *reinterpret_cast<const uint4*>(head + first));
-      to_array(upper[t], *reinterpret_cast<const uint4*>(head + (64 - first)));
+      const uint32_t head = weights + (t * kHeadsPerTile + g % kHeadsPerTile) * kWeightsPitch + q * 16;
+      const uint32_t first = g < kHeadsPerTile ? 0 : 64;
+      load(head + first, lower[t]);
+      load(head + (64 - first), upper[t]);
     }
     const uint32_t lower_half = tile + g * kTilePitch + (g % 2) * 64 + q * 16;
     const uint32_t upper_half = tile + g * kTilePitch + (1 - g % 2) * 64 + q * 16;
+    constexpr int kAtOnce = 2;  // blocks whose products are independent: hides the latency of the mma
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      if (block * kMmaRows >= head_dim) break;
-      uint32_t a[4][4];
+    for (int first = 0; first < kBlocks; first += kAtOnce) {
+      if (first * kMmaRows >= head_dim) break;
+      uint32_t a[kAtOnce][4][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // a0, a1: channels g and g + 8 of the first half, a2, a3 of the second
-        const uint32_t from = (i < 2 ? lower_half : upper_half) + (block * kMmaRows + i % 2 * 8) * kTilePitch;
-        uint4* words = reinterpret_cast<uint4*>(shared + from);
-        to_array(a[i], *words);
-        *words = make_uint4(0, 0, 0, 0);
-      }
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // a0, a1: channels g and g + 8 of the first half, a2, a3 of the second
+          const uint32_t from =
+              (i < 2 ? lower_half : upper_half) + ((first + j) * kMmaRows + i % 2 * 8) * kTilePitch;
+          load(from, a[j][i]);
+          store_zeros(from);
+        }
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-          Half<T>::mma(sum[block][t], a[0][k], a[1][k], a[2][k], a[3][k], lower[t][k], upper[t][k]);
+        for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t)
+            Half<T>::mma(sum[first + j][t], a[j][0][k], a[j][1][k], a[j][2][k], a[j][3][k], lower[t][k],
+                         upper[t][k]);
     }
   }
 
@@ -155,7 +152,7 @@ struct KeyProduct {
   }
 
   // The caller puts a __syncwarp() before and after, and clears the tile.
-  __device__ __forceinline__ void multiply(const char* shared, uint32_t tile, int head_dim, int lane) {
+  __device__ __forceinline__ void multiply(uint32_t tile, int head_dim, int lane) {
     const int g = lane / 4, q = lane % 4;
     uint32_t from[kTokenBlocks];
 #pragma unroll
@@ -171,9 +168,11 @@ struct KeyProduct {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
 #pragma unroll
-        for (int i = 0; i < kTokenBlocks; ++i)
-          words[c][i] =
-              *reinterpret_cast<const uint32_t*>(shared + from[i] + (step * kMmaDepth + c) * kTilePitch);
+        for (int i = 0; i < kTokenBlocks; ++i) {
+          uint32_t word[1];
+          load(from[i] + (step * kMmaDepth + c) * kTilePitch, word);
+          words[c][i] = word[0];
+        }
         rotate(words[c], q);
       }
 #pragma unroll

@@ -22,10 +22,11 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
 
-  const uint32_t region = warp * kWarpBytes;
+  char* const own = shared + warp * kWarpBytes;
+  const uint32_t region = shared_address(own);
   const uint32_t tile = region + kGuardRows * kTilePitch;
   const uint32_t weights = region + tile_bytes(kChannels);
-  fill_zero(shared, region, kWarpBytes, lane);
+  fill_zeros(region, kWarpBytes, lane);
   ValueProduct<T, kChannels, kTiles> product;
   product.clear();
   const uint16_t* probabilities =
@@ -35,17 +36,17 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   const int words = bitmap_words(p.head_dim);
   const int slices = slices_of(p.tokens), stride = plan.splits * kWarps;
   RowPair<kWords> rows;
-  const auto begin = [&](const RowSource& source, int slice) {
-    const int64_t token = int64_t{slice} * kSliceTokens + lane;
+  const auto begin = [&](const Location& location, int index) {
+    const int64_t token = int64_t{index} * kSliceTokens + lane;
     const bool visible[kRowsPerLane] = {token < p.tokens, token + kWarpSize < p.tokens};
-    rows.begin(source, visible, words, lane);
+    rows.begin(slice_rows(p.value, location, at.b, at.kv_head, index, words), visible, words, lane);
   };
   int slice = at.split * kWarps + warp;
-  RowSource next;
-  if (slice < slices) begin(slice_of(p.value, at.b, at.kv_head, slice, words), slice);
+  Location next;
+  if (slice < slices) begin(locate(p.value, at.b, at.kv_head, slice), slice);
   for (; slice < slices; slice += stride) {
     const bool more = slice + stride < slices;
-    if (more) next = slice_of(p.value, at.b, at.kv_head, slice + stride, words);
+    if (more) next = locate(p.value, at.b, at.kv_head, slice + stride);
     uint32_t held[kHeads];
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
@@ -54,21 +55,17 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
       if (head < at.heads && rows.visible[0]) held[head] = __ldg(from);
       if (head < at.heads && rows.visible[1]) held[head] |= uint32_t{__ldg(from + kWarpSize)} << 16;
     }
-    walk<kTilePitch>(
-        rows, tile_column(tile, lane), p.head_dim, words, lane, [] {},
-        [&](int row, uint32_t offset, uint32_t pair, bool high) {
-          scatter(shared, offset, row, pair, high);
-        });
+    walk<kTilePitch, 2>(rows, tile_column(tile, lane), p.head_dim, words, lane, [] {}, scatter);
 #pragma unroll
-    for (int head = 0; head < kHeads; ++head) store_weight(shared, weights, head, held[head], lane);
+    for (int head = 0; head < kHeads; ++head) store_weight(weights, head, held[head], lane);
     if (more) begin(next, slice + stride);
     __syncwarp();
-    product.add(shared, tile, weights, p.head_dim, lane);
+    product.add(tile, weights, p.head_dim, lane);
     __syncwarp();
   }
 
   __syncwarp();
-  product.store(reinterpret_cast<float*>(shared + region), lane);
+  product.store(reinterpret_cast<float*>(own), lane);
   __syncthreads();
   for (int i = threadIdx.x; i < at.heads * p.head_dim; i += blockDim.x) {
     const int head = i / p.head_dim, d = i % p.head_dim;

@@ -1,0 +1,40 @@
+// Shared memory by 32-bit address: one instruction an access, where indexing an extern array costs an
+// addition more. Volatile, so that accesses stay in order around barriers.
+#pragma once
+
+#include <cstdint>
+
+namespace mustafar::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void store16(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value)));
+}
+__device__ __forceinline__ void store32(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value));
+}
+__device__ __forceinline__ void store_zeros(uint32_t address) {  // 16 bytes
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
+}
+
+__device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[1]) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(address));
+}
+__device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address));
+}
+__device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
+}
+
+// By one warp.
+__device__ __forceinline__ void fill_zeros(uint32_t address, int bytes, int lane) {
+  for (int i = lane * 16; i < bytes; i += 32 * 16) store_zeros(address + i);
+}
+
+}  // namespace mustafar::cuda
