@@ -13,12 +13,19 @@ namespace {
 // below 2^8, far from float16's 65504, and almost no slice after the first rescales the sums.
 constexpr float kMaximumSlack = 8.f;
 
+// Query heads of a group that one pass over the cache serves at most: what registers are left for.
+__host__ __device__ constexpr int max_heads(int channels) { return channels == 256 ? 4 : 8; }
 // Heads of a pass that the kernel is compiled for.
 constexpr int compiled_heads(int heads) { return heads <= 1 ? 1 : heads <= 2 ? 2 : heads <= 4 ? 4 : 8; }
-__host__ __device__ constexpr int tiles_for(int heads) { return (heads + kHeadsPerTile - 1) / kHeadsPerTile; }
-__host__ __device__ constexpr int warp_bytes(int channels, int heads) {
-  return tile_bytes(channels) + weights_bytes(tiles_for(heads) * kHeadsPerTile);
-}
+
+// Warps of a block at most. Shared memory is what limits them (launch.cuh), and registers below 64 channels.
+__host__ __device__ constexpr int max_warps(int channels) { return channels == 64 ? 10 : 8; }
+
+template <int kChannels, int kHeads>
+constexpr int kWarpBytes =
+    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * RowPair<kChannels / 32>::kStagingBytes;
+template <int kChannels>
+constexpr int kTableBytes = QueryTable<__half, kChannels, 1>::kBytes;  // of any dtype and heads
 
 // Softmax over part of the tokens: sums of exp2(score - maximum), and the output's sums follow it.
 struct Partial {
@@ -46,76 +53,90 @@ __device__ __forceinline__ void write_output(const DecodeAttentionParams& p, int
       Half<T>::round(nothing_visible ? 0.f : sum / weight);
 }
 
+// Each warp takes units of 64 tokens (sequence.cuh) one after another. Scores of a unit come first, lane by
+// lane on the non-zeros of its keys; then, at once, its values are expanded to the tile and the next unit's
+// scores computed; then the tensor cores multiply the tile by the softmax weights.
 template <class T, int kChannels, int kHeads>
-__global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
+__global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p,
                             const __grid_constant__ Plan plan, float score_scale) {
-  constexpr int kWords = kChannels / 32, kWarps = block_warps(kChannels), kTiles = tiles_for(kHeads);
-  constexpr int kWarpBytes = warp_bytes(kChannels, kHeads);
+  constexpr int kBytes = kWarpBytes<kChannels, kHeads>;
   using Queries = QueryTable<T, kChannels, kHeads>;
+  using Rows = RowPair<kChannels / 32>;
+  using KeyWalk = Walk<Queries::kPitch, 0, Rows>;
   extern __shared__ __align__(16) char shared[];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
   const Sequence sequence(p, at.b);
 
-  char* const own = shared + Queries::kBytes + warp * kWarpBytes;
+  const int block_warps = blockDim.x / kWarpSize;
+  char* const own = shared + Queries::kBytes + warp * kBytes;
   const uint32_t table = shared_address(shared), region = shared_address(own);
   const uint32_t tile = region + kGuardRows * kTilePitch, weights = region + tile_bytes(kChannels);
-  fill_zeros(region, kWarpBytes, lane);
-  Queries::fill(table, static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
-                p.q_head_stride, at.heads, p.head_dim);
-  __syncthreads();
+  const uint32_t staging = weights + weights_bytes(kHeads);
+  Rows keys(staging, lane), values(staging + Rows::kStagingBytes, lane);
 
   const int words = bitmap_words(p.head_dim);
-  const int self = at.split * kWarps + warp, warps = plan.splits * kWarps;
+  const int self = at.split * block_warps + warp, warps = plan.splits * block_warps;
   const DenseWindow k_window{p.k_window, p.k_window_batch_stride, p.k_window_head_stride,
                              p.k_window_token_stride, p.head_dim};
   const DenseWindow v_window{p.v_window, p.v_window_batch_stride, p.v_window_head_stride,
                              p.v_window_token_stride, p.head_dim};
-  RowPair<kWords> keys, values;
-  const auto begin = [&](RowPair<kWords>& rows, const Unit& unit, const Location& location,
-                         const CompressedView& view, const DenseWindow& window) {
+  const auto key_location = [&](const Unit& unit) { return locate(unit, p.key, k_window, at.b, at.kv_head); };
+  const auto value_location = [&](const Unit& unit) {
+    return locate(unit, p.value, v_window, at.b, at.kv_head);
+  };
+  const auto begin = [&](Rows& rows, const Unit& unit, const Location& location, const CompressedView& view,
+                         const DenseWindow& window) {
     const bool visible[kRowsPerLane] = {sequence.visible(unit, lane),
                                         sequence.visible(unit, lane + kWarpSize)};
     rows.begin(unit_rows(unit, location, view, window, at.b, at.kv_head, words), visible, words, lane);
   };
 
-  ValueProduct<T, kChannels, kTiles> output;
+  // Scores of the lane's two tokens with every head.
+  float scores[kRowsPerLane][kHeads];
+  const auto clear_scores = [&] {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r)
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) scores[r][h] = 0.f;
+  };
+  auto add_score = [&](int row, uint32_t address, uint32_t pair, bool high) {
+    Queries::add(scores[row], address, high ? Half<T>::high(pair) : Half<T>::low(pair));
+  };
+  Scatter scatter;
+
+  Unit unit, next, after;
+  bool more = sequence.deal(self, warps, 0, &unit), more_next = more && sequence.deal(self, warps, 1, &next);
+  if (more) begin(keys, unit, key_location(unit), p.key, k_window);
+  commit_copies();
+  fill_zeros(region, tile_bytes(kChannels), lane);
+  Queries::fill(table, static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
+                p.q_head_stride, at.heads, p.head_dim);
+  __syncthreads();
+  if (more) {
+    clear_scores();
+    wait_copies<0>();
+    KeyWalk walk(keys, table + Queries::column(lane), p.head_dim, words);
+    walk_from(0, 0, walk, add_score);
+    walk.finish(clear_scores, add_score);
+    begin(values, unit, value_location(unit), p.value, v_window);
+    if (more_next) begin(keys, next, key_location(next), p.key, k_window);
+    commit_copies();
+  }
+
+  ValueProduct<T, kChannels, kHeads> output;
   output.clear();
   Partial partial[kHeads];  // maximum is the warp's, sum this lane's
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) partial[h] = {-INFINITY, 0.f};
 
-  Unit unit, next;
-  Location value_location, next_key_location, next_value_location;
-  bool more = sequence.deal(self, warps, 0, &unit);
-  if (more) {
-    begin(keys, unit, locate(unit, p.key, k_window, at.b, at.kv_head), p.key, k_window);
-    value_location = locate(unit, p.value, v_window, at.b, at.kv_head);
-  }
-  for (int turn = 1; more; ++turn) {
-    more = sequence.deal(self, warps, turn, &next);
-    if (more) {
-      next_key_location = locate(next, p.key, k_window, at.b, at.kv_head);
-      next_value_location = locate(next, p.value, v_window, at.b, at.kv_head);
-    }
-    begin(values, unit, value_location, p.value, v_window);
-
-    // Scores of the lane's two tokens with every head.
-    float scores[kRowsPerLane][kHeads];
-    const auto clear = [&] {
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r)
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) scores[r][h] = 0.f;
-    };
-    clear();
-    walk<Queries::kPitch, 0>(keys, table + Queries::column(lane), p.head_dim, words, lane, clear,
-                             [&](int row, uint32_t address, uint32_t pair, bool high) {
-                               Queries::add(scores[row], address,
-                                            high ? Half<T>::high(pair) : Half<T>::low(pair));
-                             });
-    if (more) begin(keys, next, next_key_location, p.key, k_window);
+  for (int turn = 2; more; ++turn) {
+    // Here the scores of `unit` are known, and its values and the keys of `next` are on their way.
+    const bool more_after = more_next && sequence.deal(self, warps, turn, &after);
+    Location value_at, key_at;
+    if (more_next) value_at = value_location(next);
+    if (more_after) key_at = key_location(after);
 
     // Softmax weights, relative to a maximum that the whole warp shares.
     bool above = false;
@@ -127,9 +148,7 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
         above |= scores[r][h] > partial[h].maximum + kMaximumSlack;
       }
     if (__any_sync(kFullWarp, above)) {
-      float factors[kTiles][2];
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) factors[t][0] = factors[t][1] = 1.f;
+      float own_factor = 1.f;  // of the head whose output sums this lane holds
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float top = fmaxf(partial[h].maximum, fmaxf(scores[0][h], scores[1][h]));
@@ -139,9 +158,9 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
         const float factor = rescale(partial[h].maximum, top);
         partial[h].maximum = top;
         partial[h].sum *= factor;
-        if (h % kHeadsPerTile / 2 * 2 == output.first_head(lane)) factors[h / kHeadsPerTile][h % 2] = factor;
+        if (h == output.head(lane)) own_factor = factor;
       }
-      output.scale(factors);
+      output.scale(own_factor);
     }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
@@ -151,12 +170,24 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
       store_weight(weights, h, Half<T>::pack(first, second), lane);
     }
 
-    walk<kTilePitch, 2>(values, tile_column(tile, lane), p.head_dim, words, lane, [] {}, scatter);
+    clear_scores();
+    wait_copies<0>();
+    if (more_next) {
+      TileWalk<Rows> value_walk(values, tile_column(tile, lane), p.head_dim, words);
+      KeyWalk key_walk(keys, table + Queries::column(lane), p.head_dim, words);
+      walk_both(key_walk, add_score, value_walk, scatter);
+      key_walk.finish(clear_scores, add_score);
+      value_walk.finish([] {}, scatter);
+      begin(values, next, value_at, p.value, v_window);
+      if (more_after) begin(keys, after, key_at, p.key, k_window);
+      commit_copies();
+    } else {
+      expand(values, tile, p.head_dim, words, lane);
+    }
     __syncwarp();
     output.add(tile, weights, p.head_dim, lane);
     __syncwarp();
-    unit = next;
-    value_location = next_value_location;
+    next = after, more = more_next, more_next = more_after;
   }
 
   // Merge the warps of the block: each leaves its sums in its own tile.
@@ -174,14 +205,14 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
     const int h = i / p.head_dim, d = i % p.head_dim;
     const char* first = shared + Queries::kBytes;
     const auto of_warp = [&](int w) {
-      return reinterpret_cast<const Partial*>(first + w * kWarpBytes + tile_bytes(kChannels))[h];
+      return reinterpret_cast<const Partial*>(first + w * kBytes + tile_bytes(kChannels))[h];
     };
     float maximum = -INFINITY, sum = 0.f, weight = 0.f;
-    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, of_warp(w).maximum);
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < block_warps; ++w) maximum = fmaxf(maximum, of_warp(w).maximum);
+    for (int w = 0; w < block_warps; ++w) {
       const float factor = rescale(of_warp(w).maximum, maximum);
       weight += of_warp(w).sum * factor;
-      sum += reinterpret_cast<const float*>(first + w * kWarpBytes)[h * kChannels + d] * factor;
+      sum += reinterpret_cast<const float*>(first + w * kBytes)[h * kChannels + d] * factor;
     }
     const int64_t head = at.first_head + h;
     if (plan.splits == 1) {
@@ -218,31 +249,38 @@ __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, 
   }
 }
 
-constexpr int query_table_bytes(int channels) { return table_bytes(channels, channels == 256 ? 64 : 128); }
+template <int kChannels>
+constexpr int warp_bytes(int heads) {
+  return heads == 1   ? kWarpBytes<kChannels, 1>
+         : heads == 2 ? kWarpBytes<kChannels, 2>
+         : heads == 4 ? kWarpBytes<kChannels, 4>
+                      : kWarpBytes<kChannels, 8>;
+}
 
+// How these shapes are launched, whatever the dtype.
 cudaError_t plan_for(int batch, int q_heads, int kv_heads, int head_dim, int slices, int window_capacity,
-                     Plan* plan) {
-  const int channels = compiled_channels(head_dim), heads = max_heads(channels);
-  const int bytes = query_table_bytes(channels) +
-                    block_warps(channels) * warp_bytes(channels, std::min(q_heads / kv_heads, heads));
-  int64_t resident;
-  MUSTAFAR_CUDA_TRY(resident_blocks(bytes, &resident));
+                     Blocks* blocks, Plan* plan) {
+  const int channels = compiled_channels(head_dim), most_heads = max_heads(channels);
+  const int chunks = (q_heads / kv_heads + most_heads - 1) / most_heads;
+  const int heads = compiled_heads((q_heads / kv_heads + chunks - 1) / chunks);
+  const int fixed = channels == 64 ? kTableBytes<64> : channels == 128 ? kTableBytes<128> : kTableBytes<256>;
+  const int per_warp = channels == 64    ? warp_bytes<64>(heads)
+                       : channels == 128 ? warp_bytes<128>(heads)
+                                         : warp_bytes<256>(heads);
+  MUSTAFAR_CUDA_TRY(size_blocks(fixed, per_warp, max_warps(channels), blocks));
   const int64_t units = slices + kWindowUnitCost * slices_of(window_capacity);
-  *plan = make_plan(batch, q_heads, kv_heads, heads, units, block_warps(channels), resident);
+  *plan = make_plan(batch, q_heads, kv_heads, most_heads, units, *blocks);
   return cudaSuccess;
 }
 
 template <class T, int kChannels, int kHeads>
-cudaError_t run(const DecodeAttentionParams& p, const Plan& plan, cudaStream_t stream) {
-  constexpr int kWarps = block_warps(kChannels);
-  constexpr int kBytes = QueryTable<T, kChannels, kHeads>::kBytes + kWarps * warp_bytes(kChannels, kHeads);
-  static_assert(kBytes <= 99 * 1024, "does not fit on sm_86 and sm_89");
+cudaError_t run(const DecodeAttentionParams& p, const Plan& plan, const Blocks& blocks, cudaStream_t stream) {
   const float log2_e = 1.44269504f;
-  MUSTAFAR_CUDA_TRY(launch(decode_attention_kernel<T, kChannels, kHeads>, plan.blocks, kWarps * kWarpSize,
-                           kBytes, stream, p, plan, p.scale * log2_e));
+  MUSTAFAR_CUDA_TRY(
+      launch(decode_attention_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan, p.scale * log2_e));
   if (plan.splits == 1) return cudaSuccess;
-  return launch(combine_kernel<T>, int64_t{p.batch} * p.q_heads, std::min(kChannels, 128), 0, stream, p,
-                int{plan.splits});
+  combine_kernel<T><<<p.batch * p.q_heads, std::min(kChannels, 128), 0, stream>>>(p, plan.splits);
+  return cudaGetLastError();
 }
 
 cudaError_t check_windows(const DecodeAttentionParams& p) {
@@ -272,8 +310,10 @@ cudaError_t check(const DecodeAttentionParams& p) {
 int64_t decode_attention_workspace_bytes(int batch, int q_heads, int kv_heads, int head_dim, int slices,
                                          int window_capacity) {
   if (batch == 0 || check_shape(batch, q_heads, kv_heads, head_dim, DType::kFloat16) != cudaSuccess) return 0;
+  Blocks blocks;
   Plan plan;
-  if (plan_for(batch, q_heads, kv_heads, head_dim, slices, window_capacity, &plan) != cudaSuccess) return -1;
+  if (plan_for(batch, q_heads, kv_heads, head_dim, slices, window_capacity, &blocks, &plan) != cudaSuccess)
+    return -1;
   if (plan.splits == 1) return 0;
   return int64_t{batch} * q_heads * plan.splits *
          static_cast<int64_t>(sizeof(Partial) + head_dim * sizeof(float));
@@ -282,23 +322,24 @@ int64_t decode_attention_workspace_bytes(int batch, int q_heads, int kv_heads, i
 cudaError_t decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   MUSTAFAR_CUDA_TRY(check(params));
+  Blocks blocks;
   Plan plan;
   MUSTAFAR_CUDA_TRY(plan_for(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.slices,
-                             params.window_capacity, &plan));
+                             params.window_capacity, &blocks, &plan));
   if (plan.splits > 1 && !(params.workspace != nullptr && aligned(params.workspace, 16)))
     return cudaErrorInvalidValue;
   return dispatch(params.dtype, params.head_dim, [&](auto element, auto channels) {
     using T = decltype(element);
     switch (compiled_heads(plan.heads_per_chunk)) {
       case 1:
-        return run<T, channels, 1>(params, plan, stream);
+        return run<T, channels, 1>(params, plan, blocks, stream);
       case 2:
-        return run<T, channels, 2>(params, plan, stream);
+        return run<T, channels, 2>(params, plan, blocks, stream);
       case 4:
-        return run<T, channels, 4>(params, plan, stream);
+        return run<T, channels, 4>(params, plan, blocks, stream);
       default:
         if constexpr (max_heads(channels) >= 8)
-          return run<T, channels, 8>(params, plan, stream);
+          return run<T, channels, 8>(params, plan, blocks, stream);
         else
           return cudaErrorInvalidValue;
     }

@@ -5,10 +5,14 @@
 namespace mustafar::cuda {
 namespace {
 
+constexpr int kMaxWarps = 12;
+template <int kChannels>
+constexpr int kWarpBytes = tile_bytes(kChannels) + RowPair<kChannels / 32>::kStagingBytes;
+
 // Each warp expands slices of 64 keys into its tile, one after another, and multiplies each by the queries of
 // all heads of the group at once. The next slice's first loads are under way during the product.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
+__global__ void __launch_bounds__(kWarpSize* kMaxWarps)
     key_scores_kernel(const __grid_constant__ KeyScoresParams p, const __grid_constant__ Plan plan) {
   constexpr int kWords = kChannels / 32;
   extern __shared__ __align__(16) char shared[];
@@ -16,7 +20,7 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   const int g = lane / 4, q = lane % 4;
 
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
-  const uint32_t region = shared_address(shared) + warp * tile_bytes(kChannels);
+  const uint32_t region = shared_address(shared) + warp * kWarpBytes<kChannels>;
   const uint32_t tile = region + kGuardRows * kTilePitch;
   fill_zeros(region, tile_bytes(kChannels), lane);
   KeyProduct<T, kChannels> product;
@@ -28,19 +32,21 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
 
   const int words = bitmap_words(p.head_dim);
   const int slices = slices_of(p.tokens);
-  const int warps = plan.splits * block_warps(kChannels);
-  int slice = at.split * block_warps(kChannels) + warp;
-  RowPair<kWords> rows;
+  const int block_warps = blockDim.x / kWarpSize, warps = plan.splits * block_warps;
+  int slice = at.split * block_warps + warp;
+  RowPair<kWords> rows(region + tile_bytes(kChannels), lane);
   Location next;
   const bool visible[kRowsPerLane] = {true, true};
   const auto begin = [&](const Location& location, int index) {
     rows.begin(slice_rows(p.key, location, at.b, at.kv_head, index, words), visible, words, lane);
+    commit_copies();
   };
   if (slice < slices) begin(locate(p.key, at.b, at.kv_head, slice), slice);
   for (; slice < slices; slice += warps) {
     const bool more = slice + warps < slices;
     if (more) next = locate(p.key, at.b, at.kv_head, slice + warps);
-    walk<kTilePitch, 2>(rows, tile_column(tile, lane), p.head_dim, words, lane, [] {}, scatter);
+    wait_copies<0>();
+    expand(rows, tile, p.head_dim, words, lane);
     if (more) begin(next, slice + warps);
     __syncwarp();
     product.multiply(tile, p.head_dim, lane);
@@ -61,14 +67,10 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
 
 template <class T, int kChannels>
 cudaError_t run(const KeyScoresParams& p, cudaStream_t stream) {
-  const int shared_bytes = block_warps(kChannels) * tile_bytes(kChannels);
-  int64_t resident;
-  MUSTAFAR_CUDA_TRY(resident_blocks(shared_bytes, &resident));
-  const int64_t slices = slices_of(p.tokens);
-  const Plan plan =
-      make_plan(p.batch, p.q_heads, p.kv_heads, kMmaColumns, slices, block_warps(kChannels), resident);
-  return launch(key_scores_kernel<T, kChannels>, plan.blocks, block_warps(kChannels) * kWarpSize,
-                shared_bytes, stream, p, plan);
+  Blocks blocks;
+  MUSTAFAR_CUDA_TRY(size_blocks(0, kWarpBytes<kChannels>, kMaxWarps, &blocks));
+  const Plan plan = make_plan(p.batch, p.q_heads, p.kv_heads, kMmaColumns, slices_of(p.tokens), blocks);
+  return launch(key_scores_kernel<T, kChannels>, plan, blocks, stream, p, plan);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include "../params.h"
 #include "plan.cuh"
+#include "rows.cuh"
 
 namespace mustafar::cuda {
 
@@ -20,16 +21,37 @@ namespace mustafar::cuda {
     if (error_ != cudaSuccess) return error_; \
   } while (0)
 
+// Blocks of a kernel that needs `fixed` bytes of shared memory and `per_warp` for each warp: as many warps as
+// the current device has room for, on sm_86 and sm_89 within 99 KB.
+struct Blocks {
+  int warps, shared_bytes;
+  int64_t resident;  // on the device at once
+};
+
+inline cudaError_t size_blocks(int fixed, int per_warp, int most_warps, Blocks* blocks) {
+  constexpr int kReservedBytes = 1024;  // of shared memory per block, taken by CUDA
+  int device, sms, block_bytes, sm_bytes;
+  MUSTAFAR_CUDA_TRY(cudaGetDevice(&device));
+  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  blocks->warps = std::min((block_bytes - fixed) / per_warp, most_warps);
+  if (blocks->warps < 1) return cudaErrorInvalidConfiguration;
+  blocks->shared_bytes = fixed + blocks->warps * per_warp;
+  blocks->resident = int64_t{sms} * std::max(1, sm_bytes / (blocks->shared_bytes + kReservedBytes));
+  return cudaSuccess;
+}
+
 constexpr int kMaxSplits = 256;
 // What a block costs beside its slices, in slices of one warp: tables, merging, the combining kernel.
 constexpr int kSplitOverhead = 3;
 
-// `heads` query heads share a pass, `warps` a block. Splits every problem of `units` slices so that the
+// `heads` query heads share a pass. Splits every problem of `units` slices so that the
 // blocks come in whole waves of `resident` blocks, at the least estimated time. 3 or 6 splits where 4 or 8
 // fill the GPU cost 30 % (measured).
-inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, int64_t warps,
-                      int64_t resident) {
+inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, const Blocks& blocks) {
   Plan plan;
+  const int64_t warps = blocks.warps;
   const int group = q_heads / kv_heads;
   plan.chunks = (group + heads - 1) / heads;
   plan.heads_per_chunk = (group + plan.chunks - 1) / plan.chunks;
@@ -38,7 +60,7 @@ inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t u
   int64_t best = INT64_MAX;
   plan.splits = 1;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t waves = (work * splits + resident - 1) / resident;
+    const int64_t waves = (work * splits + blocks.resident - 1) / blocks.resident;
     const int64_t time = waves * ((units + warps * splits - 1) / (warps * splits) + kSplitOverhead);
     if (time < best) best = time, plan.splits = static_cast<int32_t>(splits);
   }
@@ -46,26 +68,15 @@ inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t u
   return plan;
 }
 
-// Blocks of `shared_bytes` that fit on the current device at once.
-inline cudaError_t resident_blocks(int shared_bytes, int64_t* blocks) {
-  constexpr int kReservedBytes = 1024;  // of shared memory per block, taken by CUDA
-  int device, sms, sm_bytes;
-  MUSTAFAR_CUDA_TRY(cudaGetDevice(&device));
-  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  *blocks = int64_t{sms} * std::max(1, sm_bytes / (shared_bytes + kReservedBytes));
-  return cudaSuccess;
-}
-
 // cudaFuncSetAttribute holds for the current device only, so it is not cached.
 template <class... KernelArgs, class... Args>
-cudaError_t launch(void (*kernel)(KernelArgs...), int64_t blocks, int threads, int shared_bytes,
-                   cudaStream_t stream, const Args&... args) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  if (shared_bytes > 48 * 1024)
-    MUSTAFAR_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
+cudaError_t launch(void (*kernel)(KernelArgs...), const Plan& plan, const Blocks& blocks, cudaStream_t stream,
+                   const Args&... args) {
+  if (plan.blocks > INT32_MAX) return cudaErrorInvalidValue;
+  MUSTAFAR_CUDA_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, blocks.shared_bytes));
+  kernel<<<static_cast<unsigned>(plan.blocks), blocks.warps * kWarpSize, blocks.shared_bytes, stream>>>(
+      args...);
   return cudaGetLastError();
 }
 

@@ -13,14 +13,6 @@ __host__ __device__ constexpr int compiled_channels(int head_dim) {
 __host__ __device__ constexpr int bitmap_words(int head_dim) { return (head_dim + 63) / 64; }
 __host__ __device__ constexpr int64_t slices_of(int64_t tokens) { return (tokens + 63) / 64; }
 
-// Query heads of a group that one pass over the cache serves: columns of the mma, and registers for their
-// sums.
-__host__ __device__ constexpr int max_heads(int channels) { return channels == 256 ? 4 : 8; }
-
-// Warps of a block, each with its own tile: blocks stay under the 99 KB of sm_86 and sm_89, and two fit on an
-// SM of sm_90.
-__host__ __device__ constexpr int block_warps(int channels) { return channels == 256 ? 2 : 4; }
-
 // `batch * kv_heads * chunks` independent problems, each split over `splits` blocks.
 struct Plan {
   int32_t chunks;           // of the query heads of a KV head

@@ -6,6 +6,7 @@
 
 #include "../params.h"
 #include "half.cuh"
+#include "shared.cuh"
 
 namespace mustafar::cuda {
 
@@ -57,10 +58,6 @@ __device__ __forceinline__ RowSource slice_rows(const CompressedView& view, cons
           location.width / kVectorValues, 1, kSliceTokens};
 }
 
-__device__ __forceinline__ uint32_t pair_of(const uint4& vector, int i) {
-  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
-}
-
 // One row's bitmap, left-aligned: the next channel is the top bit of bits[0]. Bits from head_dim on are ones
 // ("sentinels"), and ones are shifted in behind them: a row that has run out of kept channels goes on to
 // channels head_dim, head_dim + 1, ..., the sink rows of the tables, so the loop needs no test per value.
@@ -102,138 +99,231 @@ struct Scan {
   }
 };
 
-// A lane's two rows of a slice. begin() starts the loads, walk() uses them.
-template <int kWords>  // 32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
+// A lane's two rows of a slice: begin() starts copying them to shared memory, Walk visits them. Lanes stage
+// and read nothing but their own rows, so no barrier is needed.
+template <int kBitmapWords>  // 32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
 struct RowPair {
-  const uint64_t* bitmap;
-  const char* row[kRowsPerLane];  // vector 0
+  static constexpr int kWords = kBitmapWords;
+  static constexpr int kWordBytes = kWords * 4;
+  static constexpr int kSlotBytes = kSliceTokens * sizeof(uint4);
+  static constexpr int kStagingBytes = kSliceTokens * kWordBytes + kRing * kSlotBytes;  // of a warp
+
+  uint32_t staged_words, staged_vectors;  // of row 0: addresses in shared memory
+  const uint64_t* bitmap;                 // of row 0; null: all ones
+  const char* vector0[kRowsPerLane];
   int32_t vectors;
   uint32_t vector_bytes;  // from a vector to the next
   bool visible[kRowsPerLane];
-  uint32_t words[kRowsPerLane][kWords];  // as stored: least significant bit first
-  uint4 ring[kRing][kRowsPerLane];
 
-  // Rows that are not visible are never read from memory that may not exist, and count as empty.
+  __device__ __forceinline__ RowPair(uint32_t staging, int lane)
+      : staged_words(staging + lane * kWordBytes),
+        staged_vectors(staging + kSliceTokens * kWordBytes + lane * sizeof(uint4)) {}
+
+  // The caller commits the copies. Rows that are not visible are never read from memory that may not exist,
+  // and count as empty.
   __device__ __forceinline__ void begin(const RowSource& source, const bool (&rows_visible)[kRowsPerLane],
                                         int bitmap_words, int lane) {
-    bitmap = source.bitmap;
     vectors = source.vectors;
     vector_bytes = source.vector_pitch * sizeof(uint4);
+    bitmap = source.bitmap == nullptr ? nullptr : source.bitmap + lane * bitmap_words;
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       visible[r] = rows_visible[r];
       const int token = visible[r] ? lane + r * kWarpSize : 0;
-      row[r] = reinterpret_cast<const char*>(source.values + int64_t{token} * source.row_pitch);
+      vector0[r] = reinterpret_cast<const char*>(source.values + int64_t{token} * source.row_pitch);
     }
-    load_words(bitmap_words, lane);
-    load_ring();
-  }
-
-  __device__ __forceinline__ void load_ring() {
+    copy_words(bitmap_words);
 #pragma unroll
     for (int slot = 0; slot < kRing; ++slot)
-      if (slot < vectors) load(slot, slot);
+      if (slot < vectors) copy_vector(slot * kSlotBytes, slot);
   }
 
-  __device__ __forceinline__ void load(int slot, uint32_t vector) {
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r)
-      ring[slot][r] = __ldg(reinterpret_cast<const uint4*>(row[r] + uint64_t{vector} * vector_bytes));
-  }
-
-  __device__ __forceinline__ void load_words(int bitmap_words, int lane) {
+  __device__ __forceinline__ void copy_words(int bitmap_words) const {
+    if (bitmap == nullptr) return;
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
-      if (bitmap == nullptr) {
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) words[r][i] = ~0u;
-        continue;
-      }
-      const uint64_t* from = bitmap + (lane + r * kWarpSize) * bitmap_words;
+      const uint32_t to = staged_words + r * kWarpSize * kWordBytes;
+      const uint64_t* from = bitmap + r * kWarpSize * bitmap_words;
       if constexpr (kWords == 4) {
-        const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
-        words[r][0] = all.x, words[r][1] = all.y, words[r][2] = all.z, words[r][3] = all.w;
+        copy_async<16>(to, from);
       } else {
 #pragma unroll
-        for (int i = 0; i < kWords / 2; ++i) {
-          const uint2 word =
-              i < bitmap_words ? __ldg(reinterpret_cast<const uint2*>(from + i)) : make_uint2(0, 0);
-          words[r][2 * i] = word.x, words[r][2 * i + 1] = word.y;
-        }
+        for (int i = 0; i < kWords / 2; ++i)
+          if (i < bitmap_words) copy_async<8>(to + i * 8, from + i);
       }
     }
   }
 
-  // `before` and `sink`: addresses of the guard row and of the row before the sink rows, of row 0's table.
-  template <int kPitch, int kRowBytes>
-  __device__ __forceinline__ void start(Scan<kWords, kPitch> (&scan)[kRowsPerLane], uint32_t before,
-                                        uint32_t sink, int head_dim) const {
+  __device__ __forceinline__ void copy_vector(uint32_t slot, uint32_t vector) const {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r)
+      copy_async<16>(staged_vectors + slot + r * kWarpSize * sizeof(uint4),
+                     vector0[r] + uint64_t{vector} * vector_bytes);
+  }
+
+  __device__ __forceinline__ void read_vector(uint32_t slot, uint32_t (&pairs)[kRowsPerLane][4]) const {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r)
+      load(staged_vectors + slot + r * kWarpSize * sizeof(uint4), pairs[r]);
+  }
+
+  // Row r's bitmap, least significant bit first.
+  __device__ __forceinline__ void read_words(int r, int bitmap_words, uint32_t (&words)[kWords]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 2) {
+      uint32_t two[2] = {~0u, ~0u};
+      if (bitmap != nullptr) load(staged_words + r * kWarpSize * kWordBytes + i * 4, two);
+      const bool held = kWords <= 4 || i / 2 < bitmap_words;
+      words[i] = held ? two[0] : 0, words[i + 1] = held ? two[1] : 0;
+    }
+  }
+};
+
+// Visits every value slot of a lane's two rows. Visit: visit(row, address, pair, high) with the address of
+// the value's channel in a table of kPitch bytes a channel, and the value in the low or high half of `pair`.
+// Channel 0 of row r is at table + r * kRowBytes. Slots without a channel land in the sink rows.
+template <int kPitch, int kRowBytes, class Rows>
+struct Walk {
+  const Rows& rows;
+  const uint32_t before, sink;  // the guard row and the last channel's row of row 0's table
+  const int head_dim, bitmap_words;
+  Scan<Rows::kWords, kPitch> scan[kRowsPerLane];
+  uint32_t pairs[kRowsPerLane][4];  // the vector at work
+
+  // The copies of rows.begin() have been waited for.
+  __device__ __forceinline__ Walk(const Rows& rows, uint32_t table, int head_dim, int bitmap_words)
+      : rows(rows),
+        before(table - kPitch),
+        sink(before + head_dim * kPitch),
+        head_dim(head_dim),
+        bitmap_words(bitmap_words) {
+    start();
+  }
+
+  __device__ __forceinline__ void start() {
+    bool empty[kRowsPerLane];
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
-      uint32_t any = 0;
+      uint32_t words[Rows::kWords], any = 0;
+      rows.read_words(r, bitmap_words, words);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) any |= words[r][i];
-      const bool empty = !visible[r] || any == 0;
-      scan[r].at = (empty ? sink : before) + r * kRowBytes;
+      for (int i = 0; i < Rows::kWords; ++i) {
+        any |= words[i];
+        scan[r].bits[i] = __brev(words[i]);
+      }
+      empty[r] = !rows.visible[r] || any == 0;
+      scan[r].at = before + r * kRowBytes;
+    }
+    if (head_dim < Rows::kWords * 32) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
+      for (int i = 0; i < Rows::kWords; ++i) {
         const int channels = head_dim - 32 * i;  // of this word
         const uint32_t sentinels = channels >= 32 ? 0 : channels <= 0 ? ~0u : ~0u >> channels;
-        scan[r].bits[i] = empty ? ~0u : __brev(words[r][i]) | sentinels;
+#pragma unroll
+        for (int r = 0; r < kRowsPerLane; ++r) scan[r].bits[i] |= sentinels;
+      }
+    }
+    if (__any_sync(kFullWarp, empty[0] || empty[1])) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) {
+        if (!empty[r]) continue;
+        scan[r].at = sink + r * kRowBytes;
+#pragma unroll
+        for (int i = 0; i < Rows::kWords; ++i) scan[r].bits[i] = ~0u;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void take_vector(uint32_t slot) {
+    rows.read_vector(slot, pairs);
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) scan[r].clamp(sink + r * kRowBytes);
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void visit_value(int i, Visit& visit) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) visit(r, scan[r].step(i), pairs[r][i / 2], i % 2 == 1);
+  }
+
+  // The vector has been used, so its slot can take another.
+  __device__ __forceinline__ void leave_vector(int vector, uint32_t slot) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) scan[r].advance(kVectorValues);
+    if (vector + kRing < rows.vectors) rows.copy_vector(slot, vector + kRing);
+  }
+
+  // Rows with a run of 32 zeros: restart(), then visits all values again, slowly.
+  template <class Restart, class Visit>
+  __device__ __forceinline__ void finish(Restart restart, Visit& visit) {
+    if (!__any_sync(kFullWarp, scan[0].stalled() || scan[1].stalled())) return;
+    restart();
+    rows.copy_words(bitmap_words);
+    commit_copies();
+    wait_copies<0>();
+    start();
+#pragma unroll 1
+    for (int vector = 0; vector < rows.vectors; ++vector) {
+      rows.copy_vector(0, vector);
+      commit_copies();
+      wait_copies<0>();
+      take_vector(0);
+#pragma unroll 1
+      for (int i = 0; i < kVectorValues; ++i) {
+#pragma unroll
+        for (int r = 0; r < kRowsPerLane; ++r) {
+          scan[r].skip_zeros();
+          visit(r, scan[r].step(0), pairs[r][0], false);
+          scan[r].advance(1);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) pairs[r][j] = pairs[r][j] >> 16 | (j < 3 ? pairs[r][j + 1] << 16 : 0);
+        }
       }
     }
   }
 };
 
-// Visits every value slot of a lane's two rows: visit(row, address, pair, high) with the address of the
-// value's channel in the table of `kPitch` bytes a channel that starts at `table`, and the value in the low
-// or high half of `pair`. Slots without a channel land in the sink rows. restart() comes before visits are
-// repeated from the first value on, which happens for rows with a run of 32 zeros.
-template <int kPitch, int kRowBytes, int kWords, class Restart, class Visit>
-__device__ __forceinline__ void walk(RowPair<kWords>& rows, uint32_t table, int head_dim, int bitmap_words,
-                                     int lane, Restart restart, Visit visit) {
-  const uint32_t before = table - kPitch, sink = before + head_dim * kPitch;
-  Scan<kWords, kPitch> scan[kRowsPerLane];
-  rows.template start<kPitch, kRowBytes>(scan, before, sink, head_dim);
-#pragma unroll 1
-  for (int first = 0; first < rows.vectors; first += kRing) {
-#pragma unroll
-    for (int slot = 0; slot < kRing; ++slot) {
-      if (first + slot >= rows.vectors) break;
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) scan[r].clamp(sink + r * kRowBytes);
-#pragma unroll
-      for (int i = 0; i < kVectorValues; ++i)
-#pragma unroll
-        for (int r = 0; r < kRowsPerLane; ++r)
-          visit(r, scan[r].step(i), pair_of(rows.ring[slot][r], i / 2), i % 2 == 1);
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) scan[r].advance(kVectorValues);
-      // Into the registers just used: a load into others would be copied, and the copy would wait for it.
-      if (first + slot + kRing < rows.vectors) rows.load(slot, first + slot + kRing);
-    }
-  }
-  if (!__any_sync(kFullWarp, scan[0].stalled() || scan[1].stalled())) return;
+// One group of copies a vector, so that the newest kRing - 1 groups are exactly those the next does not need.
+__device__ __forceinline__ void next_slot(uint32_t& slot) {
+  constexpr uint32_t kBytes = kSliceTokens * sizeof(uint4);
+  commit_copies();
+  wait_copies<kRing - 1>();
+  slot = slot == (kRing - 1) * kBytes ? 0 : slot + kBytes;
+}
 
-  restart();
-  rows.load_words(bitmap_words, lane);
-  rows.template start<kPitch, kRowBytes>(scan, before, sink, head_dim);
+template <class SomeWalk, class Visit>
+__device__ __forceinline__ void walk_from(int vector, uint32_t slot, SomeWalk& walk, Visit& visit) {
 #pragma unroll 1
-  for (int vector = 0; vector < rows.vectors; ++vector) {
-    rows.load(0, vector);
-#pragma unroll 1
-    for (int i = 0; i < kVectorValues; ++i) {
+  for (; vector < walk.rows.vectors; ++vector) {
+    walk.take_vector(slot);
 #pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) {
-        if (i == 0) scan[r].clamp(sink + r * kRowBytes);
-        scan[r].skip_zeros();
-        uint4& v = rows.ring[0][r];
-        visit(r, scan[r].step(0), v.x, false);
-        scan[r].advance(1);
-        v.x = v.x >> 16 | v.y << 16, v.y = v.y >> 16 | v.z << 16, v.z = v.z >> 16 | v.w << 16, v.w >>= 16;
-      }
-    }
+    for (int i = 0; i < kVectorValues; ++i) walk.visit_value(i, visit);
+    walk.leave_vector(vector, slot);
+    next_slot(slot);
   }
+}
+
+// Two walks at once: twice the independent instructions to fill the latencies of either.
+template <class WalkA, class VisitA, class WalkB, class VisitB>
+__device__ __forceinline__ void walk_both(WalkA& a, VisitA& visit_a, WalkB& b, VisitB& visit_b) {
+  const int common = min(a.rows.vectors, b.rows.vectors);
+  int vector = 0;
+  uint32_t slot = 0;
+#pragma unroll 1
+  for (; vector < common; ++vector) {
+    a.take_vector(slot);
+    b.take_vector(slot);
+#pragma unroll
+    for (int i = 0; i < kVectorValues; ++i) {
+      a.visit_value(i, visit_a);
+      b.visit_value(i, visit_b);
+    }
+    a.leave_vector(vector, slot);
+    b.leave_vector(vector, slot);
+    next_slot(slot);
+  }
+  walk_from(vector, slot, a, visit_a);
+  walk_from(vector, slot, b, visit_b);
 }
 
 }  // namespace mustafar::cuda

@@ -32,6 +32,23 @@ __device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[4]) {
                : "r"(address));
 }
 
+// Asynchronous copies of 8 or 16 bytes from global memory. They are waited for in groups, in order, and
+// unlike a load into registers an outstanding copy holds none of the six scoreboards of a warp: see
+// README.md.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t address, const void* from) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from));
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+// Waits for this thread's copies but those of the last kGroups groups.
+template <int kGroups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups));
+}
+
 // By one warp.
 __device__ __forceinline__ void fill_zeros(uint32_t address, int bytes, int lane) {
   for (int i = lane * 16; i < bytes; i += 32 * 16) store_zeros(address + i);

@@ -20,15 +20,26 @@ constexpr int kMmaRows = 16, kMmaDepth = 16, kMmaColumns = 8;
 
 __host__ __device__ constexpr int tile_bytes(int channels) { return table_bytes(channels, kTilePitch); }
 
-// Heads of one mma with the tile of values: half its columns, see ValueProduct.
-constexpr int kHeadsPerTile = 4;
-
 // Lane l's column of the tile whose channel 0 is at `tile`.
 __device__ __forceinline__ uint32_t tile_column(uint32_t tile, int lane) { return tile + lane * 4; }
 
-// Stores one value: the visit of walk() over tile_column(), with the rows 2 bytes apart.
-__device__ __forceinline__ void scatter(int /*row*/, uint32_t address, uint32_t pair, bool high) {
-  store16(address, high ? pair >> 16 : pair);
+// Stores one value: the visit of a walk over tile_column(), with the two rows 2 bytes apart.
+struct Scatter {
+  __device__ __forceinline__ void operator()(int /*row*/, uint32_t address, uint32_t pair, bool high) const {
+    store16(address, high ? pair >> 16 : pair);
+  }
+};
+template <class Rows>
+using TileWalk = Walk<kTilePitch, 2, Rows>;
+
+// Scatters a slice to the tile, which is all zeros. The copies of rows.begin() have been waited for.
+template <class Rows>
+__device__ __forceinline__ void expand(const Rows& rows, uint32_t tile, int head_dim, int bitmap_words,
+                                       int lane) {
+  TileWalk<Rows> walk(rows, tile_column(tile, lane), head_dim, bitmap_words);
+  Scatter scatter;
+  walk_from(0, 0, walk, scatter);
+  walk.finish([] {}, scatter);
 }
 
 // Weights of a slice: [heads][32 words], word l = the weights of tokens l and l + 32. 192 bytes a head
@@ -39,91 +50,79 @@ __device__ __forceinline__ void store_weight(uint32_t weights, int head, uint32_
   store32(weights + head * kWeightsPitch + lane * 4, pair);
 }
 
-// sum[channel][head] += over the slice's tokens of tile[channel][token] * weights[head][token].
+// sum[head][channel] += over the slice's tokens of weights[head][token] * tile[channel][token].
 //
-// mma rows are channels, columns are heads, and the depth runs over tokens, two per tile word. Thread
+// mma rows are heads, columns are channels, and the depth runs over tokens, two per tile word. Thread
 // (g = lane / 4, q = lane % 4) must feed channel g with the words of q. It loads 16 bytes, words 4q..4q+3 of
 // one half of the row; to avoid conflicts odd channels load the upper half of the row when even channels load
 // the lower. So odd channels see the tokens in another order than even ones. Instead of swapping registers,
-// the weights come in both orders: columns 0-3 hold up to 4 heads in the order of even channels, columns 4-7
-// the same heads in the order of odd channels, and each channel keeps the columns that fit it.
-template <class T, int kChannels, int kTiles>  // kTiles x 4 heads
+// the weights come in both orders: rows 0-7 of the mma are the heads in the order of even channels, rows 8-15
+// the same heads in the order of odd channels, and each channel keeps the rows that fit it.
+template <class T, int kChannels, int kHeads>
 struct ValueProduct {
-  static constexpr int kBlocks = kChannels / kMmaRows;
-  float sum[kBlocks][kTiles][4];
+  static constexpr int kBlocks = kChannels / kMmaColumns;
+  float sum[kBlocks][4];  // of head g: [0] channel 8 block + 2q, [3] the next; [1] and [2] mean nothing
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[block][t][i] = 0.f;
+      for (int i = 0; i < 4; ++i) sum[block][i] = 0.f;
   }
 
-  // The heads that this thread's columns hold: first_head and the next, of each kTiles.
-  static __device__ __forceinline__ int first_head(int lane) { return lane % 2 * 2; }
+  // The head whose sums this thread holds, if there are as many.
+  static __device__ __forceinline__ int head(int lane) { return lane / 4; }
 
-  __device__ __forceinline__ void scale(const float (&factors)[kTiles][2]) {
+  __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[block][t][i] *= factors[t][i % 2];
+    for (int block = 0; block < kBlocks; ++block) sum[block][0] *= factor, sum[block][3] *= factor;
   }
 
   // Leaves the tile all zeros. The caller puts a __syncwarp() before and after.
   __device__ __forceinline__ void add(uint32_t tile, uint32_t weights, int head_dim, int lane) {
     const int g = lane / 4, q = lane % 4;
-    uint32_t lower[kTiles][4], upper[kTiles][4];
+    uint32_t l[4], u[4];  // weights of the tokens in the lower and the upper half of a row
+    load(weights + g % kHeads * kWeightsPitch + q * 16, l);
+    load(weights + g % kHeads * kWeightsPitch + 64 + q * 16, u);
+    const uint32_t first_half = tile + g * kTilePitch + g % 2 * 64 + q * 16;
+    const uint32_t second_half = tile + g * kTilePitch + (1 - g % 2) * 64 + q * 16;
+    constexpr int kAtOnce = kChannels == 256 ? 2 : 4;  // blocks whose products are independent: hides the latency of the mma
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const uint32_t head = weights + (t * kHeadsPerTile + g % kHeadsPerTile) * kWeightsPitch + q * 16;
-      const uint32_t first = g < kHeadsPerTile ? 0 : 64;
-      load(head + first, lower[t]);
-      load(head + (64 - first), upper[t]);
-    }
-    const uint32_t lower_half = tile + g * kTilePitch + (g % 2) * 64 + q * 16;
-    const uint32_t upper_half = tile + g * kTilePitch + (1 - g % 2) * 64 + q * 16;
-    constexpr int kAtOnce = 2;  // blocks whose products are independent: hides the latency of the mma
+    for (int block = 0; block < kBlocks; block += kAtOnce) {
+      if (block * kMmaColumns >= head_dim) break;
+      uint32_t x[kAtOnce][4], y[kAtOnce][4];
 #pragma unroll
-    for (int first = 0; first < kBlocks; first += kAtOnce) {
-      if (first * kMmaRows >= head_dim) break;
-      uint32_t a[kAtOnce][4][4];
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t row = (block + j) * kMmaColumns * kTilePitch;
+        load(first_half + row, x[j]);
+        load(second_half + row, y[j]);
+        store_zeros(first_half + row);
+        store_zeros(second_half + row);
+      }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
+        Half<T>::mma(sum[block + j], l[0], u[0], l[1], u[1], x[j][0], x[j][1]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // a0, a1: channels g and g + 8 of the first half, a2, a3 of the second
-          const uint32_t from =
-              (i < 2 ? lower_half : upper_half) + ((first + j) * kMmaRows + i % 2 * 8) * kTilePitch;
-          load(from, a[j][i]);
-          store_zeros(from);
-        }
+      for (int j = 0; j < kAtOnce; ++j)
+        Half<T>::mma(sum[block + j], l[2], u[2], l[3], u[3], x[j][2], x[j][3]);
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
+      for (int j = 0; j < kAtOnce; ++j)
+        Half<T>::mma(sum[block + j], u[0], l[0], u[1], l[1], y[j][0], y[j][1]);
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t)
-            Half<T>::mma(sum[first + j][t], a[j][0][k], a[j][1][k], a[j][2][k], a[j][3][k], lower[t][k],
-                         upper[t][k]);
+      for (int j = 0; j < kAtOnce; ++j)
+        Half<T>::mma(sum[block + j], u[2], l[2], u[3], l[3], y[j][2], y[j][3]);
     }
   }
 
-  // out[head][kChannels], kTiles x 4 heads.
+  // out[head][kChannels]
   __device__ __forceinline__ void store(float* out, int lane) const {
     const int g = lane / 4, q = lane % 4;
-    if (q / 2 != g % 2) return;  // columns in the other order
+    if (g >= kHeads) return;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int head = t * kHeadsPerTile + first_head(lane) + i % 2;
-          out[head * kChannels + block * kMmaRows + g + i / 2 * 8] = sum[block][t][i];
-        }
+    for (int block = 0; block < kBlocks; ++block) {
+      out[g * kChannels + block * kMmaColumns + 2 * q] = sum[block][0];
+      out[g * kChannels + block * kMmaColumns + 2 * q + 1] = sum[block][3];
+    }
   }
 };
 

@@ -5,59 +5,60 @@
 namespace mustafar::cuda {
 namespace {
 
-__host__ __device__ constexpr int tiles_for(int heads) { return (heads + kHeadsPerTile - 1) / kHeadsPerTile; }
-constexpr int warp_bytes(int channels, int tiles) {
-  return tile_bytes(channels) + weights_bytes(tiles * kHeadsPerTile);
-}
+constexpr int kHeads = 8;  // of a pass: rows of the mma
+constexpr int max_warps(int channels) { return channels == 256 ? 8 : 12; }
+template <int kChannels>
+constexpr int kWarpBytes =
+    tile_bytes(kChannels) + weights_bytes(kHeads) + RowPair<kChannels / 32>::kStagingBytes;
 
 // Each warp expands slices of 64 values into its tile, one after another, and multiplies each by the
 // probabilities of all heads of the group at once. The block adds up its warps; `partial` holds the sums of
 // each split, [B, H, splits, D], unless there is one split.
-template <class T, int kChannels, int kTiles>
-__global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
     value_output_kernel(const __grid_constant__ ValueOutputParams p, const __grid_constant__ Plan plan) {
-  constexpr int kWords = kChannels / 32, kHeads = kTiles * kHeadsPerTile, kWarps = block_warps(kChannels);
-  constexpr int kWarpBytes = tile_bytes(kChannels) + weights_bytes(kHeads);
+  constexpr int kWords = kChannels / 32, kBytes = kWarpBytes<kChannels>;
   extern __shared__ __align__(16) char shared[];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
 
-  char* const own = shared + warp * kWarpBytes;
+  const int block_warps = blockDim.x / kWarpSize;
+  char* const own = shared + warp * kBytes;
   const uint32_t region = shared_address(own);
   const uint32_t tile = region + kGuardRows * kTilePitch;
   const uint32_t weights = region + tile_bytes(kChannels);
-  fill_zeros(region, kWarpBytes, lane);
-  ValueProduct<T, kChannels, kTiles> product;
+  fill_zeros(region, kBytes, lane);
+  ValueProduct<T, kChannels, kHeads> product;
   product.clear();
   const uint16_t* probabilities =
       static_cast<const uint16_t*>(p.p) + at.b * p.p_batch_stride + at.first_head * p.p_head_stride;
   __syncwarp();
 
   const int words = bitmap_words(p.head_dim);
-  const int slices = slices_of(p.tokens), stride = plan.splits * kWarps;
-  RowPair<kWords> rows;
+  const int slices = slices_of(p.tokens), stride = plan.splits * block_warps;
+  RowPair<kWords> rows(weights + weights_bytes(kHeads), lane);
   const auto begin = [&](const Location& location, int index) {
     const int64_t token = int64_t{index} * kSliceTokens + lane;
     const bool visible[kRowsPerLane] = {token < p.tokens, token + kWarpSize < p.tokens};
     rows.begin(slice_rows(p.value, location, at.b, at.kv_head, index, words), visible, words, lane);
+    commit_copies();
   };
-  int slice = at.split * kWarps + warp;
+  int slice = at.split * block_warps + warp;
   Location next;
   if (slice < slices) begin(locate(p.value, at.b, at.kv_head, slice), slice);
   for (; slice < slices; slice += stride) {
     const bool more = slice + stride < slices;
     if (more) next = locate(p.value, at.b, at.kv_head, slice + stride);
-    uint32_t held[kHeads];
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
       const uint16_t* from = probabilities + head * p.p_head_stride + int64_t{slice} * kSliceTokens + lane;
-      held[head] = 0;
-      if (head < at.heads && rows.visible[0]) held[head] = __ldg(from);
-      if (head < at.heads && rows.visible[1]) held[head] |= uint32_t{__ldg(from + kWarpSize)} << 16;
+      uint32_t pair = 0;
+      if (head < at.heads && rows.visible[0]) pair = __ldg(from);
+      if (head < at.heads && rows.visible[1]) pair |= uint32_t{__ldg(from + kWarpSize)} << 16;
+      store_weight(weights, head, pair, lane);
     }
-    walk<kTilePitch, 2>(rows, tile_column(tile, lane), p.head_dim, words, lane, [] {}, scatter);
-#pragma unroll
-    for (int head = 0; head < kHeads; ++head) store_weight(weights, head, held[head], lane);
+    wait_copies<0>();
+    expand(rows, tile, p.head_dim, words, lane);
     if (more) begin(next, slice + stride);
     __syncwarp();
     product.add(tile, weights, p.head_dim, lane);
@@ -70,8 +71,8 @@ __global__ void __launch_bounds__(kWarpSize* block_warps(kChannels))
   for (int i = threadIdx.x; i < at.heads * p.head_dim; i += blockDim.x) {
     const int head = i / p.head_dim, d = i % p.head_dim;
     float sum = 0.f;
-    for (int w = 0; w < kWarps; ++w)
-      sum += reinterpret_cast<const float*>(shared + w * kWarpBytes)[head * kChannels + d];
+    for (int w = 0; w < block_warps; ++w)
+      sum += reinterpret_cast<const float*>(shared + w * kBytes)[head * kChannels + d];
     const int64_t q_head = at.first_head + head;
     if (plan.splits == 1) {
       static_cast<T*>(p.out)[at.b * p.out_batch_stride + q_head * p.out_head_stride + d] =
@@ -96,32 +97,32 @@ __global__ void combine_kernel(const __grid_constant__ ValueOutputParams p, int 
   }
 }
 
-cudaError_t plan_for(int batch, int q_heads, int kv_heads, int head_dim, int slices, Plan* plan) {
-  const int channels = compiled_channels(head_dim), heads = max_heads(channels);
-  const int tiles = tiles_for(std::min(q_heads / kv_heads, heads));
-  int64_t resident;
-  MUSTAFAR_CUDA_TRY(resident_blocks(block_warps(channels) * warp_bytes(channels, tiles), &resident));
-  *plan = make_plan(batch, q_heads, kv_heads, heads, slices, block_warps(channels), resident);
+// How these shapes are launched, whatever the dtype.
+cudaError_t plan_for(int batch, int q_heads, int kv_heads, int head_dim, int slices, Blocks* blocks,
+                     Plan* plan) {
+  const int channels = compiled_channels(head_dim);
+  const int bytes = channels == 64 ? kWarpBytes<64> : channels == 128 ? kWarpBytes<128> : kWarpBytes<256>;
+  MUSTAFAR_CUDA_TRY(size_blocks(0, bytes, max_warps(channels), blocks));
+  *plan = make_plan(batch, q_heads, kv_heads, kHeads, slices, *blocks);
   return cudaSuccess;
 }
 
-template <class T, int kChannels, int kTiles>
-cudaError_t run(const ValueOutputParams& p, const Plan& plan, cudaStream_t stream) {
-  constexpr int kWarps = block_warps(kChannels);
-  MUSTAFAR_CUDA_TRY(launch(value_output_kernel<T, kChannels, kTiles>, plan.blocks, kWarps * kWarpSize,
-                           kWarps * warp_bytes(kChannels, kTiles), stream, p, plan));
+template <class T, int kChannels>
+cudaError_t run(const ValueOutputParams& p, const Plan& plan, const Blocks& blocks, cudaStream_t stream) {
+  MUSTAFAR_CUDA_TRY(launch(value_output_kernel<T, kChannels>, plan, blocks, stream, p, plan));
   if (plan.splits == 1) return cudaSuccess;
-  return launch(combine_kernel<T>, int64_t{p.batch} * p.q_heads, std::min(kChannels, 128), 0, stream, p,
-                int{plan.splits});
+  combine_kernel<T><<<p.batch * p.q_heads, std::min(kChannels, 128), 0, stream>>>(p, plan.splits);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
 int64_t value_output_workspace_bytes(int batch, int q_heads, int kv_heads, int head_dim, int slices) {
   if (batch == 0) return 0;
+  Blocks blocks;
   Plan plan;
   if (check_shape(batch, q_heads, kv_heads, head_dim, DType::kFloat16) != cudaSuccess) return 0;
-  if (plan_for(batch, q_heads, kv_heads, head_dim, slices, &plan) != cudaSuccess) return -1;
+  if (plan_for(batch, q_heads, kv_heads, head_dim, slices, &blocks, &plan) != cudaSuccess) return -1;
   return plan.splits == 1 ? 0 : int64_t{batch} * q_heads * plan.splits * head_dim * int64_t{sizeof(float)};
 }
 
@@ -132,16 +133,14 @@ cudaError_t value_output(const ValueOutputParams& params, cudaStream_t stream) {
   if (params.tokens < 0 || params.tokens > int64_t{params.slices} * kSliceTokens)
     return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(check_view(params.value, params.batch, params.kv_heads, params.slices));
+  Blocks blocks;
   Plan plan;
-  MUSTAFAR_CUDA_TRY(
-      plan_for(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.slices, &plan));
+  MUSTAFAR_CUDA_TRY(plan_for(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.slices,
+                             &blocks, &plan));
   if (plan.splits > 1 && !(params.workspace != nullptr && aligned(params.workspace, 16)))
     return cudaErrorInvalidValue;
   return dispatch(params.dtype, params.head_dim, [&](auto element, auto channels) {
-    using T = decltype(element);
-    if constexpr (max_heads(channels) > kHeadsPerTile)
-      if (plan.heads_per_chunk > kHeadsPerTile) return run<T, channels, 2>(params, plan, stream);
-    return run<T, channels, 1>(params, plan, stream);
+    return run<decltype(element), channels>(params, plan, blocks, stream);
   });
 }
 
