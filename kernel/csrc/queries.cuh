@@ -23,24 +23,38 @@ struct QueryTable {
   static constexpr int kEntryWords = kFloat ? kHeads : kHeads / 2;
   static constexpr int kEntryBytes = 4 * kEntryWords;
 
-  // By the whole block, without barriers: rows before and after the channels are zeros.
-  static __device__ __forceinline__ void fill(uint32_t table, const T* queries, int64_t head_stride,
-                                              int heads, int head_dim) {
-    constexpr int kRowWords = kPitch / 4, kRows = kBytes / kPitch;
+  // By the whole block; ends with a barrier. `scratch` is room for kHeads x head_dim words. Rows before and
+  // after the channels are zeros.
+  static __device__ __forceinline__ void fill(uint32_t table, uint32_t scratch, const T* queries,
+                                              int64_t head_stride, int heads, int head_dim) {
+    // Every query value is read once, so that the block waits for one trip to memory, not for one each.
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(queries);
-    const int word = threadIdx.x % kRowWords, head = word % kEntryWords * (kFloat ? 1 : 2);
-#pragma unroll 8
+    for (int channel = threadIdx.x; channel < head_dim; channel += blockDim.x) {
+      uint32_t entry[kEntryWords];
+#pragma unroll
+      for (int i = 0; i < kEntryWords; ++i) {
+        const int head = kFloat ? i : 2 * i;
+        entry[i] = head < heads ? __ldg(bits + head * head_stride + channel) : 0;
+        if constexpr (!kFloat)
+          entry[i] |= head + 1 < heads ? uint32_t{__ldg(bits + (head + 1) * head_stride + channel)} << 16 : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kEntryWords; ++i)
+        store32(scratch + (channel * kEntryWords + i) * 4,
+                kFloat ? __float_as_uint(Half<T>::low(entry[i])) : entry[i]);
+    }
+    __syncthreads();
+    constexpr int kRowWords = kPitch / 4, kRows = kBytes / kPitch;
+    const int word = threadIdx.x % kRowWords;
+#pragma unroll 4
     for (int row = threadIdx.x / kRowWords; row < kRows; row += blockDim.x / kRowWords) {
       const int channel = row - kGuardRows;
-      const bool held = channel >= 0 && channel < head_dim;
-      uint32_t entry = held && head < heads ? __ldg(bits + head * head_stride + channel) : 0;
-      if constexpr (kFloat) {
-        entry = __float_as_uint(Half<T>::low(entry));
-      } else if (held && head + 1 < heads) {
-        entry |= uint32_t{__ldg(bits + (head + 1) * head_stride + channel)} << 16;
-      }
+      uint32_t entry = 0;
+      if (channel >= 0 && channel < head_dim)
+        load(scratch + (channel * kEntryWords + word % kEntryWords) * 4, entry);
       store32(table + (row * kRowWords + word) * 4, entry);
     }
+    __syncthreads();
   }
 
   // Where this lane's copy of channel 0 lies from the start of the table.

@@ -13,9 +13,6 @@ namespace mustafar::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kRowsPerLane = kSliceTokens / kWarpSize;  // lane l owns tokens l and l + 32
-// Vectors of a row that are on their way from memory while one is worked on. Two rows of two vectors in
-// flight for each of keys and values are 4 KB a warp; 8 warps on an SM hide about twice the latency of HBM.
-constexpr int kRing = 2;
 
 // Tables in shared memory that are indexed by channel have one row before and eight rows after the channels
 // that the walk may touch but nobody reads: see Scan.
@@ -101,9 +98,11 @@ struct Scan {
 
 // A lane's two rows of a slice: begin() starts copying them to shared memory, Walk visits them. Lanes stage
 // and read nothing but their own rows, so no barrier is needed.
-template <int kBitmapWords>  // 32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
+//   kBitmapWords: 32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
+//   kRingVectors: vectors of each row that are staged, there or on their way
+template <int kBitmapWords, int kRingVectors>
 struct RowPair {
-  static constexpr int kWords = kBitmapWords;
+  static constexpr int kWords = kBitmapWords, kRing = kRingVectors;
   static constexpr int kWordBytes = kWords * 4;
   static constexpr int kSlotBytes = kSliceTokens * sizeof(uint4);
   static constexpr int kStagingBytes = kSliceTokens * kWordBytes + kRing * kSlotBytes;  // of a warp
@@ -250,7 +249,7 @@ struct Walk {
   __device__ __forceinline__ void leave_vector(int vector, uint32_t slot) {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) scan[r].advance(kVectorValues);
-    if (vector + kRing < rows.vectors) rows.copy_vector(slot, vector + kRing);
+    if (vector + Rows::kRing < rows.vectors) rows.copy_vector(slot, vector + Rows::kRing);
   }
 
   // Rows with a run of 32 zeros: restart(), then visits all values again, slowly.
@@ -284,11 +283,11 @@ struct Walk {
 };
 
 // One group of copies a vector, so that the newest kRing - 1 groups are exactly those the next does not need.
-__device__ __forceinline__ void next_slot(uint32_t& slot) {
-  constexpr uint32_t kBytes = kSliceTokens * sizeof(uint4);
+template <class Rows>
+__device__ __forceinline__ void next_slot(const Rows&, uint32_t& slot) {
   commit_copies();
-  wait_copies<kRing - 1>();
-  slot = slot == (kRing - 1) * kBytes ? 0 : slot + kBytes;
+  wait_copies<Rows::kRing - 1>();
+  slot = slot == (Rows::kRing - 1) * Rows::kSlotBytes ? 0 : slot + Rows::kSlotBytes;
 }
 
 template <class SomeWalk, class Visit>
@@ -299,7 +298,7 @@ __device__ __forceinline__ void walk_from(int vector, uint32_t slot, SomeWalk& w
 #pragma unroll
     for (int i = 0; i < kVectorValues; ++i) walk.visit_value(i, visit);
     walk.leave_vector(vector, slot);
-    next_slot(slot);
+    next_slot(walk.rows, slot);
   }
 }
 
@@ -320,7 +319,7 @@ __device__ __forceinline__ void walk_both(WalkA& a, VisitA& visit_a, WalkB& b, V
     }
     a.leave_vector(vector, slot);
     b.leave_vector(vector, slot);
-    next_slot(slot);
+    next_slot(a.rows, slot);
   }
   walk_from(vector, slot, a, visit_a);
   walk_from(vector, slot, b, visit_b);

@@ -20,9 +20,10 @@ __device__ __forceinline__ void store_zeros(uint32_t address) {  // 16 bytes
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
 }
 
-__device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[1]) {
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(address));
+__device__ __forceinline__ void load(uint32_t address, uint32_t& word) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
 }
+__device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[1]) { load(address, words[0]); }
 __device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[2]) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address));
 }

@@ -42,12 +42,20 @@ __device__ __forceinline__ void expand(const Rows& rows, uint32_t tile, int head
   walk.finish([] {}, scatter);
 }
 
-// Weights of a slice: [heads][32 words], word l = the weights of tokens l and l + 32. 192 bytes a head
-// instead of 128 put the rows of two neighbouring heads on different banks.
-constexpr int kWeightsPitch = 192;
+// Weights of a slice: for each head 32 words, the weights of tokens l and l + 32, in the order in which
+// ValueProduct loads them, and once more with neighbours swapped. 16 bytes more keep two heads' rows on
+// different banks.
+constexpr int kWeightsPitch = 2 * 128 + 16;
 __host__ __device__ constexpr int weights_bytes(int heads) { return heads * kWeightsPitch; }
+// Where lane l's word lies in the first copy. Thread q loads words (4q, 4q + 16, 4q + 1, 4q + 17) as one
+// vector and (4q + 2, 4q + 18, 4q + 3, 4q + 19) as the next.
+__device__ __forceinline__ uint32_t weight_column(int lane) {
+  return (lane % 16 / 4 * 8 + lane % 4 / 2 * 4 + lane % 2 * 2 + lane / 16) * 4;
+}
 __device__ __forceinline__ void store_weight(uint32_t weights, int head, uint32_t pair, int lane) {
-  store32(weights + head * kWeightsPitch + lane * 4, pair);
+  const uint32_t row = weights + head * kWeightsPitch;
+  store32(row + weight_column(lane), pair);
+  store32(row + 128 + (weight_column(lane) ^ 4), pair);
 }
 
 // sum[head][channel] += over the slice's tokens of weights[head][token] * tile[channel][token].
@@ -81,12 +89,16 @@ struct ValueProduct {
   // Leaves the tile all zeros. The caller puts a __syncwarp() before and after.
   __device__ __forceinline__ void add(uint32_t tile, uint32_t weights, int head_dim, int lane) {
     const int g = lane / 4, q = lane % 4;
-    uint32_t l[4], u[4];  // weights of the tokens in the lower and the upper half of a row
-    load(weights + g % kHeads * kWeightsPitch + q * 16, l);
-    load(weights + g % kHeads * kWeightsPitch + 64 + q * 16, u);
+    // Operand a of the four steps, each the four registers in a row that the mma wants: even channels' words
+    // (lower half of the row first) in [0] and [2], odd channels' (upper half first) in [1] and [3].
+    uint32_t a[4][4];
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      load(weights + g % kHeads * kWeightsPitch + step / 2 * 128 + q * 32 + step % 2 * 16, a[step]);
     const uint32_t first_half = tile + g * kTilePitch + g % 2 * 64 + q * 16;
     const uint32_t second_half = tile + g * kTilePitch + (1 - g % 2) * 64 + q * 16;
-    constexpr int kAtOnce = kChannels == 256 ? 2 : 4;  // blocks whose products are independent: hides the latency of the mma
+    constexpr int kAtOnce =
+        kChannels == 256 ? 2 : 4;  // blocks whose products are independent: hides the latency of the mma
 #pragma unroll
     for (int block = 0; block < kBlocks; block += kAtOnce) {
       if (block * kMmaColumns >= head_dim) break;
@@ -100,17 +112,13 @@ struct ValueProduct {
         store_zeros(second_half + row);
       }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        Half<T>::mma(sum[block + j], l[0], u[0], l[1], u[1], x[j][0], x[j][1]);
+      for (int step = 0; step < 4; ++step)
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        Half<T>::mma(sum[block + j], l[2], u[2], l[3], u[3], x[j][2], x[j][3]);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        Half<T>::mma(sum[block + j], u[0], l[0], u[1], l[1], y[j][0], y[j][1]);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        Half<T>::mma(sum[block + j], u[2], l[2], u[3], l[3], y[j][2], y[j][3]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          const uint32_t (&words)[4] = step < 2 ? x[j] : y[j];
+          Half<T>::mma(sum[block + j], a[step][0], a[step][1], a[step][2], a[step][3], words[step % 2 * 2],
+                       words[step % 2 * 2 + 1]);
+        }
     }
   }
 
@@ -168,9 +176,7 @@ struct KeyProduct {
       for (int c = 0; c < 4; ++c) {
 #pragma unroll
         for (int i = 0; i < kTokenBlocks; ++i) {
-          uint32_t word[1];
-          load(from[i] + (step * kMmaDepth + c) * kTilePitch, word);
-          words[c][i] = word[0];
+          load(from[i] + (step * kMmaDepth + c) * kTilePitch, words[c][i]);
         }
         rotate(words[c], q);
       }

@@ -6,10 +6,11 @@ namespace mustafar::cuda {
 namespace {
 
 constexpr int kHeads = 8;  // of a pass: rows of the mma
+constexpr int kRing = 2;   // 3 and 4 are no faster (measured)
 constexpr int max_warps(int channels) { return channels == 256 ? 8 : 12; }
 template <int kChannels>
 constexpr int kWarpBytes =
-    tile_bytes(kChannels) + weights_bytes(kHeads) + RowPair<kChannels / 32>::kStagingBytes;
+    tile_bytes(kChannels) + weights_bytes(kHeads) + RowPair<kChannels / 32, kRing>::kStagingBytes;
 
 // Each warp expands slices of 64 values into its tile, one after another, and multiplies each by the
 // probabilities of all heads of the group at once. The block adds up its warps; `partial` holds the sums of
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
 
   const int words = bitmap_words(p.head_dim);
   const int slices = slices_of(p.tokens), stride = plan.splits * block_warps;
-  RowPair<kWords> rows(weights + weights_bytes(kHeads), lane);
+  RowPair<kWords, kRing> rows(weights + weights_bytes(kHeads), lane);
   const auto begin = [&](const Location& location, int index) {
     const int64_t token = int64_t{index} * kSliceTokens + lane;
     const bool visible[kRowsPerLane] = {token < p.tokens, token + kWarpSize < p.tokens};
