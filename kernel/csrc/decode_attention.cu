@@ -18,7 +18,7 @@ __host__ __device__ constexpr int max_heads(int channels) { return channels == 2
 // Heads of a pass that the kernel is compiled for.
 constexpr int compiled_heads(int heads) { return heads <= 1 ? 1 : heads <= 2 ? 2 : heads <= 4 ? 4 : 8; }
 
-// Warps of a block at most. Shared memory is what limits them (launch.cuh), and registers below 64 channels.
+// Warps of a block at most. Shared memory limits them (launch.cuh), for 64 channels registers do.
 __host__ __device__ constexpr int max_warps(int channels) { return channels == 64 ? 10 : 8; }
 
 // Staged vectors of a row: a third gains 3 %, but for 8 heads at 128 channels it costs the eighth warp of an

@@ -105,7 +105,7 @@ inline cudaError_t check_shape(int batch, int q_heads, int kv_heads, int head_di
   return ok ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Calls run.template operator()<T, channels>() for the dtype and head dim.
+// run(T(), std::integral_constant<int, channels>()) for the dtype and the head dim.
 template <class Run>
 cudaError_t dispatch(DType dtype, int head_dim, const Run& run) {
   const auto with = [&](auto element) {

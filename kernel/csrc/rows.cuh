@@ -1,5 +1,5 @@
 // Walking compressed rows: a warp takes the 64 rows of a slice, every lane two of them, and visits their
-// values in channel order with nothing but registers. Everything that reads the format is here.
+// values in channel order. Everything that reads the format is here.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,7 @@ __device__ __forceinline__ RowSource slice_rows(const CompressedView& view, cons
 // ("sentinels"), and ones are shifted in behind them: a row that has run out of kept channels goes on to
 // channels head_dim, head_dim + 1, ..., the sink rows of the tables, so the loop needs no test per value.
 // A run of 32 zeros stalls the scan (step() then repeats the last channel, or the guard row): bits[0] stays 0
-// until the end of the row, where walk() notices and walks again with skip_zeros().
+// until the end of the row, where Walk::finish() notices and walks again with skip_zeros().
 template <int kWords, int kPitch>
 struct Scan {
   uint32_t bits[kWords];
@@ -77,7 +77,7 @@ struct Scan {
     const uint32_t zeros = leading_zeros(bits[0]), shift = zeros + 1;
     at += zeros * kPitch;
 #pragma unroll
-    for (int i = 0; i + 1 < kWords; ++i) bits[i] = __funnelshift_lc(bits[i + 1], bits[i], shift);
+    for (int w = 0; w + 1 < kWords; ++w) bits[w] = __funnelshift_lc(bits[w + 1], bits[w], shift);
     bits[kWords - 1] = __funnelshift_lc(~0u, bits[kWords - 1], shift);
     return at + (i + 1) * kPitch;
   }
@@ -282,7 +282,8 @@ struct Walk {
   }
 };
 
-// One group of copies a vector, so that the newest kRing - 1 groups are exactly those the next does not need.
+// Commits one group of copies a vector, so that the newest kRing - 1 groups are exactly those that the next
+// vector does not need.
 template <class Rows>
 __device__ __forceinline__ void next_slot(const Rows&, uint32_t& slot) {
   commit_copies();
