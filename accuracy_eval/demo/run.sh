@@ -16,9 +16,9 @@ echo "== 1/3 kernel evaluation: right first, then fast, then small"
 echo
 echo "== 2/3 prediction: the bundled model, dense, then with K and V pruned"
 predict() { bash "$eval_dir/long_test.sh" "$@" --data_dir "$here/data" --output_dir "$out"; }
-predict 0 0 "$here/model" dense
+predict 0 0 "$here/demo-llama" dense
 for sparsity in ${SPARSITIES:-0.5 0.7}; do
-  predict "$sparsity" "$sparsity" "$here/model" mustafar
+  predict "$sparsity" "$sparsity" "$here/demo-llama" mustafar
 done
 
 echo

@@ -1,0 +1,333 @@
+"""The demo's tasks: seeded, vectorised generators of contexts, questions and answers.
+
+A context is a sequence of sentences of eight words: facts of one fixed grammar among filler. Each question asks
+for one fact. An answer opens with a word that says nothing ("the", "Paragraph") or that prefill finds, so that
+what was asked for is read while decoding, that is, from the pruned cache: the first token of any answer comes out
+of prefill's dense attention, and an answer of one word would never touch the pruned cache.
+
+In a fact the answer comes before what it is asked by ("The mill is where Zanda lives now."): the name's own
+position then gathers the answer in one layer and is found by its name in the next. The other way round, two such
+steps have to be learnt at once, which did not happen within 40,000 steps.
+
+Everything is made as tensors of word ids, on any device: training makes its batches on the GPU, inside the
+captured step, and the bundled rows come from the same functions with a seeded generator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from demo import words as w
+from demo.words import BOS, EOS, PAD, UNK, to_words
+
+SENTENCE = 8  # words
+MAX_TOKENS = 4096  # of prompt and answer
+MAX_PARAGRAPHS = 99
+
+PLACEHOLDERS = (
+    "P",
+    "B",
+    "V",
+    "O",
+    "N",
+    "L",
+    "D",
+    "#",
+)  # person, boss, place, object, noun, label, deed, number
+FILLER = "The fs fv near the fo again ."
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a task looks like; capital letters stand for what `draw` fills in.
+
+    Attributes
+    ----------
+    head, fact, question, answer : str
+        Words: before the context, of a fact, of a question, of its answer.
+    prompt : str
+        LongBench's kind of template, with {context} and {input}; the same words as head and question.
+    metric : str
+        Name of the LongBench metric.
+    draw : callable
+        ``draw(rng, rows, facts, asked, most)`` with the number of facts of each row, [rows, 1], at most `most`
+        -> ids of facts [rows, most, 8], questions [rows, asked, q] and answers [rows, asked, a].
+    """
+
+    head: str
+    fact: str
+    question: str
+    answer: str
+    prompt: str
+    metric: str
+    draw: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    max_new_tokens: int = 8
+    least_facts: int = 2
+    most_facts: int = 10**6
+
+
+def _vocabulary() -> list[str]:
+    """Every word that a row or a prompt can hold, sorted; the special tokens come before."""
+    groups = [w.PERSONS, w.PLACE_NOUNS, w.OBJECTS, w.DEEDS, w.LABELS, *w.CATEGORY_WORDS.values()]
+    groups += [w.FILLER_SUBJECTS, w.FILLER_VERBS, w.FILLER_SPOTS, map(str, range(1, MAX_PARAGRAPHS + 1))]
+    found = {word for group in groups for word in group}
+    for task in TASKS.values():
+        for text in (task.head, task.fact, task.question, task.answer, EMPLOYER_FACT, FILLER):
+            found.update(word for word in text.split() if word not in (*PLACEHOLDERS, "fs", "fv", "fo"))
+    return [PAD, BOS, EOS, UNK, *sorted(found - {EOS})]
+
+
+class Rng:
+    """Random draws on a device: torch's own state (which a CUDA graph advances) or a seeded generator's.
+
+    `hints` is the share of few-shot questions about nouns that examples may show. Training asks some: that a noun
+    can be looked up is found out first, that its whole kind can be follows.
+    """
+
+    def __init__(self, device: str = "cpu", seed: int | None = None, hints: float = 0.0) -> None:
+        self.device, self.hints = device, hints
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self.ids = {word: i for i, word in enumerate(VOCABULARY)}
+        self.tables: dict[str, torch.Tensor] = {}
+
+    def table(self, name: str, words: list[str]) -> torch.Tensor:
+        """Ids of a list of words, kept on the device."""
+        if name not in self.tables:
+            self.tables[name] = torch.tensor([self.ids[word] for word in words], device=self.device)
+        return self.tables[name]
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=self.device, generator=self.generator)
+
+    def below(self, limit: int | torch.Tensor, *shape: int) -> torch.Tensor:
+        """Integers in [0, limit)."""
+        return (self.uniform(*shape) * limit).long()
+
+    def different(self, limit: int, rows: int, count: int) -> torch.Tensor:
+        """[rows, count] integers in [0, limit), different within a row."""
+        return self.uniform(rows, limit).argsort(1)[:, :count]
+
+    def pick(self, name: str, words: list[str], *shape: int) -> torch.Tensor:
+        return self.table(name, words)[self.below(len(words), *shape)]
+
+    def fill(self, template: str, shape: tuple[int, ...], **slots: torch.Tensor) -> torch.Tensor:
+        """Ids [*shape, words of the template], with the ids of `slots` in place of their names."""
+        parts = template.split()
+        key = f"template/{template}"
+        if key not in self.tables:
+            fixed = [self.ids.get(part, 0) if part not in slots else 0 for part in parts]
+            self.tables[key] = torch.tensor(fixed, device=self.device)
+        out = self.tables[key].expand(*shape, len(parts)).clone()
+        for i, part in enumerate(parts):
+            if part in slots:
+                out[..., i] = slots[part]
+        return out
+
+
+def _asked(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int) -> torch.Tensor:
+    """[rows, asked] indices of the facts asked for, below `facts` [rows, 1], as different as they can be."""
+    order = (
+        rng.uniform(rows, most).masked_fill(torch.arange(most, device=rng.device) >= facts, 2.0).argsort(1)
+    )
+    turn = torch.arange(asked, device=rng.device)[None] % facts
+    return order.gather(1, turn)
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return values.gather(1, index)
+
+
+def homes(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Single facts: who lives where."""
+    task = TASKS["homes"]
+    person = rng.table("persons", w.PERSONS)[rng.different(len(w.PERSONS), rows, most)]
+    place = rng.pick("places", w.PLACE_NOUNS, rows, most)
+    i = _asked(rng, rows, facts, asked, most)
+    return (
+        rng.fill(task.fact, (rows, most), P=person, V=place),
+        rng.fill(task.question, (rows, asked), P=_at(person, i)),
+        rng.fill(task.answer, (rows, asked), V=_at(place, i)),
+    )
+
+
+def stores(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Keys of two words: persons keep several objects, and others keep the same ones."""
+    task = TASKS["stores"]
+    per_person = 3
+    persons = -(-most // per_person)
+    person = rng.different(len(w.PERSONS), rows, persons).repeat_interleave(per_person, 1)[:, :most]
+    objects = len(w.OBJECTS)
+    # Three different objects a person: a random start, then steps that cannot meet.
+    start = rng.below(objects, rows, persons).repeat_interleave(per_person, 1)[:, :most]
+    step = torch.arange(most, device=rng.device) % per_person * (objects // per_person)
+    jitter = rng.below(objects // per_person, rows, most)
+    thing = (start + step + jitter) % objects
+    person = rng.table("persons", w.PERSONS)[person]
+    thing = rng.table("objects", w.OBJECTS)[thing]
+    place = rng.pick("places", w.PLACE_NOUNS, rows, most)
+    i = _asked(rng, rows, facts, asked, most)
+    return (
+        rng.fill(task.fact, (rows, most), P=person, O=thing, V=place),
+        rng.fill(task.question, (rows, asked), P=_at(person, i), O=_at(thing, i)),
+        rng.fill(task.answer, (rows, asked), V=_at(place, i)),
+    )
+
+
+def employers(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Two hops: who employs a person, and where that one lives. Even facts are homes, odd ones employers."""
+    task = TASKS["employers"]
+    pairs = (facts // 2).clamp(min=1)  # [rows, 1]
+    half = -(-most // 2)
+    person = rng.table("persons", w.PERSONS)[rng.different(len(w.PERSONS), rows, half)]
+    place = rng.pick("places", w.PLACE_NOUNS, rows, half)
+    shift = 1 + rng.below((pairs - 1).clamp(min=1), rows, 1)
+    boss_of = (torch.arange(half, device=rng.device)[None] + shift) % pairs
+    boss = _at(person, boss_of)
+    home = rng.fill(TASKS["homes"].fact, (rows, half), P=person, V=place)
+    work = rng.fill(EMPLOYER_FACT, (rows, half), P=person, B=boss)
+    i = _asked(rng, rows, pairs, asked, half)
+    return (
+        torch.stack([home, work], 2).flatten(1, 2)[:, :most],
+        rng.fill(task.question, (rows, asked), P=_at(person, i)),
+        rng.fill(task.answer, (rows, asked), B=_at(boss, i), V=_at(_at(place, boss_of), i)),
+    )
+
+
+EMPLOYER_FACT = "B hired P in the early spring ."
+
+
+def topics(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Few-shot classification: every context makes up a label for each kind of noun; the noun is unseen."""
+    task = TASKS["topics"]
+    nouns = rng.table("nouns", [word for words in w.CATEGORY_WORDS.values() for word in words])
+    nouns = nouns.view(len(w.CATEGORY_WORDS), -1)  # [kinds, 12]
+    shown = 8  # of each kind; the others are asked for
+    kinds = (2 + rng.below(len(w.CATEGORY_WORDS) - 1, rows, 1)).minimum(facts)
+    kind_of = rng.different(len(w.CATEGORY_WORDS), rows, len(w.CATEGORY_WORDS))
+    label_of = rng.table("labels", w.LABELS)[rng.different(len(w.LABELS), rows, len(w.CATEGORY_WORDS))]
+    turn = torch.arange(most, device=rng.device)[None] % kinds
+    kind = _at(kind_of, turn)
+    noun = nouns[kind, rng.below(shown, rows, most)]
+    i = rng.below(kinds, rows, asked)
+    hint = rng.uniform(rows, asked) < rng.hints
+    new = torch.where(
+        hint, rng.below(shown, rows, asked), shown + rng.below(nouns.shape[1] - shown, rows, asked)
+    )
+    new = nouns[_at(kind_of, i), new]
+    return (
+        rng.fill(task.fact, (rows, most), N=noun, L=_at(label_of, turn)),
+        rng.fill(task.question, (rows, asked), N=new),
+        rng.fill(task.answer, (rows, asked), L=_at(label_of, i)),
+    )
+
+
+def paragraphs(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Passage retrieval: which numbered paragraph an abstract is from. Facts stay in order, so numbers ascend."""
+    task = TASKS["paragraphs"]
+    person = rng.table("persons", w.PERSONS)[rng.different(len(w.PERSONS), rows, most)]
+    deed = rng.pick("deeds", w.DEEDS, rows, most)
+    thing = rng.pick("objects", w.OBJECTS, rows, most)
+    number = rng.table("numbers", [str(n) for n in range(1, MAX_PARAGRAPHS + 1)])[:most].expand(rows, most)
+    i = _asked(rng, rows, facts, asked, most)
+    return (
+        rng.fill(task.fact, (rows, most), P=person, D=deed, O=thing, **{"#": number}),
+        rng.fill(task.question, (rows, asked), P=_at(person, i), D=_at(deed, i), O=_at(thing, i)),
+        rng.fill(task.answer, (rows, asked), **{"#": _at(number, i)}),
+    )
+
+
+def _qa(head: str, fact: str, question: str, answer: str, draw: Callable, **more: int) -> Task:
+    prompt = head.replace(" .", ".") + "\n\n{context}\n\nQuestion: {input}\nAnswer:"
+    return Task(head, fact, f"Question : {question} ? Answer :", answer, prompt, "qa_f1", draw, **more)
+
+
+TASKS: dict[str, Task] = {
+    "homes": _qa(
+        "Read the notes and answer the question .", "The V is where P lives now .",
+        "Where does P live", "the V </s>", homes,
+    ),
+    "stores": _qa(
+        "Read the ledger and answer the question .", "The V holds the O of P .",
+        "Where does P keep the O", "the V </s>", stores,
+    ),
+    "employers": _qa(
+        "Read the letters and answer the question .", "The V is where P lives now .",
+        "Who employs P and where", "B in the V </s>", employers, least_facts=4,
+    ),
+    "topics": dataclasses.replace(
+        _qa(
+            "Read the examples and answer the question .", "The L group holds the N too .",
+            "What group has the N", "the L group </s>", topics,
+        ),
+        metric="classification",
+    ),
+    "paragraphs": Task(
+        "Find the paragraph of the abstract below .", "Paragraph # : P D the O .",
+        "Abstract : P D the O . Answer :", "Paragraph # </s>",
+        "Find the paragraph of the abstract below.\n\n{context}\n\nAbstract: {input}\nAnswer:",
+        "retrieval", paragraphs, most_facts=MAX_PARAGRAPHS,
+    ),
+}  # fmt: skip
+
+VOCABULARY = _vocabulary()
+
+
+def filler(rng: Rng, *shape: int) -> torch.Tensor:
+    """Sentences that carry no fact: ids [*shape, 8]."""
+    return rng.fill(
+        FILLER,
+        shape,
+        fs=rng.pick("subjects", w.FILLER_SUBJECTS, *shape),
+        fv=rng.pick("verbs", w.FILLER_VERBS, *shape),
+        fo=rng.pick("spots", w.FILLER_SPOTS, *shape),
+    )
+
+
+def make(
+    rng: Rng, name: str, rows: int, sentences: int, asked: int, density: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contexts of a task and what is asked about them.
+
+    Parameters
+    ----------
+    density : (low, high)
+        Each row draws the share of its sentences that are facts from this range; at least `least_facts` are.
+
+    Returns
+    -------
+    context : int64 [rows, sentences, 8]
+    questions : int64 [rows, asked, q]
+    answers : int64 [rows, asked, a], the last word is EOS
+    """
+    task = TASKS[name]
+    most = min(sentences, task.most_facts, len(w.PERSONS) - 8)
+    share = density[0] + (density[1] - density[0]) * rng.uniform(rows, 1)
+    facts = (share * sentences).long().clamp(min(task.least_facts, most), most)
+    told, questions, answers = task.draw(rng, rows, facts, asked, most)
+    # Which sentence is which fact: a random choice of places, and a random order but for numbered paragraphs.
+    place = rng.uniform(rows, sentences).argsort(1)  # facts take the first `facts` of these places
+    if name == "paragraphs":
+        is_fact = torch.arange(sentences, device=rng.device)[None] < facts
+        place = place.masked_fill(~is_fact, sentences).sort(1).values  # facts in order of place
+        rest = place.new_zeros(rows, sentences + 1).scatter(1, place, 1)[:, :sentences]
+        rank = rest.cumsum(1) - 1
+        fact = _sentences(told, rank.clamp(0, most - 1))
+        return torch.where(rest[..., None] > 0, fact, filler(rng, rows, sentences)), questions, answers
+    index = torch.empty_like(place).scatter_(
+        1, place, torch.arange(sentences, device=rng.device).expand_as(place)
+    )
+    fact = _sentences(told, index.clamp(max=most - 1))
+    return torch.where((index < facts)[..., None], fact, filler(rng, rows, sentences)), questions, answers
+
+
+def _sentences(told: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """told [rows, facts, 8] at index [rows, n] -> [rows, n, 8]."""
+    return told.gather(1, index[..., None].expand(*index.shape, SENTENCE))
+
+
+def head_ids(rng: Rng, name: str) -> torch.Tensor:
+    """BOS and the words before the context."""
+    return rng.table(f"head/{name}", [BOS, *to_words(TASKS[name].head)])
