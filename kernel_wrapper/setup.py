@@ -11,6 +11,7 @@ MAX_JOBS               compiler processes at a time
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -52,7 +53,25 @@ def with_cuda() -> bool:
     return True
 
 
+def warn_of_static_runtime() -> None:
+    """An extension that carries its own libstdc++ crashes where it should raise: torch cannot catch what it throws."""
+    compiler = os.environ.get("CXX", "c++")
+    try:
+        asked = [compiler, "-print-file-name=libstdc++.so"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return  # no compiler, or one that knows no such option: the build itself will tell
+    if not os.path.isabs(found):
+        print(
+            f"mustafar: WARNING: {compiler} has no shared libstdc++, so errors raised by the ops would crash Python: "
+            "build with another compiler, e.g. CXX=/usr/bin/g++ CC=/usr/bin/gcc",
+            file=sys.stderr,
+        )
+
+
 def extension() -> cpp_extension.CppExtension:
+    if sys.platform == "linux":
+        warn_of_static_runtime()
     # at::parallel_for in our sources is a plain loop unless they are compiled with OpenMP.
     cxx = ["-O3", "-std=c++20", "-fopenmp"]
     common = sources(Path("csrc"), "bindings.cpp", "ops_cpu.cpp") + sources(KERNEL / "cpu", "*.cpp")
