@@ -54,7 +54,7 @@ def with_cuda() -> bool:
 
 
 def warn_of_static_runtime() -> None:
-    """An extension that carries its own libstdc++ crashes where it should raise: torch cannot catch what it throws."""
+    """An extension with its own libstdc++ crashes where it should raise: torch cannot catch what it throws."""
     compiler = os.environ.get("CXX", "c++")
     try:
         asked = [compiler, "-print-file-name=libstdc++.so"]
