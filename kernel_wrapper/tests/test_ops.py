@@ -229,23 +229,20 @@ def test_opcheck(target):
     device, dtype = target
     x = rows("full_and_empty", 2, 2, 70, 64).to(dtype).to(device)
     namespace = torch.ops.mustafar
-    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(namespace.prune_compress, (x, 20), test_utils=utils)
-    torch.library.opcheck(namespace.compress, (x,), test_utils=utils)
+    torch.library.opcheck(namespace.prune_compress, (x, 20))
+    torch.library.opcheck(namespace.compress, (x,))
     there, _ = attention_case(device, dtype, k_layout="uniform", v_layout="general")
     for c in (there["k"], there["v"]):
         parts = (c.bitmap, c.values, c.offsets, c.widths)
-        torch.library.opcheck(namespace.decompress, (*parts, c.tokens, c.head_dim), test_utils=utils)
-        torch.library.opcheck(namespace.key_scores, (there["q"], *parts, c.tokens), test_utils=utils)
+        torch.library.opcheck(namespace.decompress, (*parts, c.tokens, c.head_dim))
+        torch.library.opcheck(namespace.key_scores, (there["q"], *parts, c.tokens))
         p = torch.rand(*there["q"].shape[:2], c.tokens, device=device).to(dtype)
-        torch.library.opcheck(namespace.value_output, (p, *parts, c.head_dim), test_utils=utils)
+        torch.library.opcheck(namespace.value_output, (p, *parts, c.head_dim))
     k, v = ([c.bitmap, c.values, c.offsets, c.widths] for c in (there["k"], there["v"]))
     windows = (there["k_window"], there["v_window"], there["lengths"], None)
     slices = there["k"].bitmap.shape[2]
     workspace = ops.decode_attention_workspace(there["q"], there["k"].shape[1], slices, windows[0].shape[2])
-    torch.library.opcheck(
-        namespace.decode_attention, (there["q"], *k, *v, *windows, 0.1, 0, workspace), test_utils=utils
-    )
+    torch.library.opcheck(namespace.decode_attention, (there["q"], *k, *v, *windows, 0.1, 0, workspace))
 
 
 def bad_calls(device, dtype):
