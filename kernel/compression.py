@@ -50,6 +50,12 @@ def _store_bitmap(bitmap, keep, slice_id, row, words, ROWS: tl.constexpr, COLS: 
 
 
 @triton.jit
+def _magnitude_bits(tile):
+    """Bits of |tile|, int32: they order like the magnitudes, and a subnormal is not taken for zero anywhere."""
+    return tile.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+
+
+@triton.jit
 def _slot(row, rank):
     """Where value `rank` of `row` lies in its slice: [rank / 8][row][rank % 8]."""
     return (rank // 8) * 512 + row * 8 + rank % 8
@@ -69,7 +75,7 @@ def _prune_compress_kernel(
     )  # fmt: skip
 
     # Magnitudes as integers order like the floats, with NaN on top; all NaN tie, as in the reference.
-    key = tl.minimum(tile.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, INFINITY_KEY + 1)
+    key = tl.minimum(_magnitude_bits(tile), INFINITY_KEY + 1)
     key = tl.where((channel < head_dim)[None, :], key, -1)
 
     # The kept-th largest key of a row, bit by bit: the largest threshold that `kept` keys reach.
@@ -108,7 +114,7 @@ def _count_kernel(
         x, batch, head, s * 64 + row, tl.arange(0, COLS), tokens, head_dim,
         batch_stride, head_stride, token_stride,
     )  # fmt: skip
-    keep = tile != 0  # true for NaN
+    keep = _magnitude_bits(tile) != 0
     _store_bitmap(bitmap, keep, slice_id, row, words, 64, COLS)
     fullest = tl.max(tl.sum(keep.to(tl.int32), 1), 0)
     tl.store(widths + slice_id, (fullest + 7) // 8 * 8)
@@ -124,7 +130,7 @@ def _fill_kernel(
         x, batch, head, s * 64 + row, tl.arange(0, COLS), tokens, head_dim,
         batch_stride, head_stride, token_stride,
     )  # fmt: skip
-    keep = tile != 0
+    keep = _magnitude_bits(tile) != 0
     rank = tl.cumsum(keep.to(tl.int32), 1) - 1
     tl.store(values + tl.load(offsets + slice_id) + _slot(row[:, None], rank), tile, mask=keep)
 

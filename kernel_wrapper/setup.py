@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -53,25 +54,37 @@ def with_cuda() -> bool:
     return True
 
 
-def warn_of_static_runtime() -> None:
-    """An extension with its own libstdc++ crashes where it should raise: torch cannot catch what it throws."""
+def runtime_flags() -> list[str]:
+    """Link flags that make the extension share torch's libstdc++.
+
+    Some compilers have the static library only. An extension with a libstdc++ of its own breaks where it raises an
+    error: messages come out truncated, or Python crashes.
+    """
     compiler = os.environ.get("CXX", "c++")
+    asked = [compiler, "-print-file-name=libstdc++.so"]
     try:
-        asked = [compiler, "-print-file-name=libstdc++.so"]
         found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return  # no compiler, or one that knows no such option: the build itself will tell
-    if not os.path.isabs(found):
-        print(
-            f"mustafar: WARNING: {compiler} has no shared libstdc++, so errors raised by the ops would crash Python: "
-            "build with another compiler, e.g. CXX=/usr/bin/g++ CC=/usr/bin/gcc",
-            file=sys.stderr,
-        )
+        return []  # no compiler, or one that knows no such option: the build itself will tell
+    if sys.platform != "linux" or os.path.isabs(found):
+        return []
+    flags = ["-l:libstdc++.so.6"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <sstream>\nint main() { std::ostringstream() << 1; }\n")
+        probe = [compiler, str(source), "-o", str(source.with_suffix("")), *flags]
+        if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+            return flags
+    print(
+        f"mustafar: WARNING: {compiler} has no shared libstdc++, so errors raised by the ops would crash Python: "
+        "build with another compiler, e.g. CXX=/usr/bin/g++ CC=/usr/bin/gcc",
+        file=sys.stderr,
+    )
+    return []
 
 
 def extension() -> cpp_extension.CppExtension:
-    if sys.platform == "linux":
-        warn_of_static_runtime()
+    link = runtime_flags()
     # at::parallel_for in our sources is a plain loop unless they are compiled with OpenMP.
     cxx = ["-O3", "-std=c++20", "-fopenmp"]
     common = sources(Path("csrc"), "bindings.cpp", "ops_cpu.cpp") + sources(KERNEL / "cpu", "*.cpp")
@@ -89,7 +102,11 @@ def extension() -> cpp_extension.CppExtension:
     files = common + sources(Path("csrc"), "ops_cuda.cpp") + sources(KERNEL / "csrc", "*.cu")
     nvcc = ["-O3", "-std=c++17", "-lineinfo"]
     return cpp_extension.CUDAExtension(
-        "mustafar._C", files, depends=headers, extra_compile_args={"cxx": cxx, "nvcc": nvcc}
+        "mustafar._C",
+        files,
+        depends=headers,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
     )
 
 

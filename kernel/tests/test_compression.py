@@ -5,28 +5,25 @@ On a GPU the compiled kernels are held to the same reference by kernel_wrapper/t
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from mustafar import num_kept, reference
 from mustafar.format import CompressedTensor
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret,
+    reason="compiled for the GPU here: kernel_wrapper/tests/test_ops.py tests that",
+)
 
 
 @pytest.fixture(scope="module")
 def compression():
-    """kernel/compression.py with its kernels interpreted: `triton.jit` decides that when it decorates."""
-    path = Path(__file__).parents[1] / "compression.py"
-    spec = importlib.util.spec_from_file_location("interpreted_compression", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
+    from mustafar.kernel import compression
+
+    return compression
 
 
 def special_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
