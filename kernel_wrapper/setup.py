@@ -11,6 +11,7 @@ MAX_JOBS               compiler processes at a time
 from __future__ import annotations
 
 import os
+import site
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ try:
 except ModuleNotFoundError:
     # `pip install -e .` builds in an isolated environment without torch; the extension must be built against the
     # installed one anyway, so look where that lives.
-    sys.path.append(sysconfig.get_path("purelib"))
+    site.addsitedir(sysconfig.get_path("purelib"))
     try:
         import torch
     except ModuleNotFoundError:
