@@ -3,13 +3,11 @@
 MUSTAFAR_HOME="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)"
 export MUSTAFAR_HOME
 
-# The repository's environment, once `make` has made it.
-if [ -d "$MUSTAFAR_HOME/.venv/bin" ]; then
-  case ":$PATH:" in
-    *":$MUSTAFAR_HOME/.venv/bin:"*) ;;
-    *) export PATH="$MUSTAFAR_HOME/.venv/bin:$PATH" ;;
-  esac
-fi
+# The repository's environment, also where `make` is only about to make it.
+case ":$PATH:" in
+  *":$MUSTAFAR_HOME/.venv/bin:"*) ;;
+  *) export PATH="$MUSTAFAR_HOME/.venv/bin:$PATH" ;;
+esac
 
 # nvcc's toolkit, for machines that have one outside the PATH.
 if [ -z "${CUDA_HOME:-}" ]; then
