@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mustafar import CompressedTensor, num_kept, ops, pruning, reference
-from mustafar.format import check_sparsity
+from mustafar.format import MAX_HEAD_DIM, check_sparsity
 from mustafar.testing import accuracy
 from safetensors.torch import load_file, save_file
 
@@ -58,8 +59,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if min(args.batch, args.q_heads, args.kv_heads, args.tokens, args.head_dim) < 1 or args.window < 0:
         parser.error("--batch, --q_heads, --kv_heads, --tokens and --head_dim must be at least 1, --window 0")
+    if args.head_dim > MAX_HEAD_DIM:
+        parser.error(f"--head_dim must be at most {MAX_HEAD_DIM}, got {args.head_dim}")
     if args.q_heads % args.kv_heads:
         parser.error(f"--q_heads {args.q_heads} is not a multiple of --kv_heads {args.kv_heads}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device must be cpu, cuda or cuda:<n>, got {args.device!r}")
+    if args.device != "cpu" and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {args.device}: this torch sees {torch.cuda.device_count()} GPUs")
     return args
 
 
@@ -104,7 +111,7 @@ class Problem:
         return (p @ v).flatten(1, 2)
 
     def attention(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """SDPA with the queries of a group as rows: the fastest dense form PyTorch has for one token."""
+        """SDPA with the queries of a group as rows, so that one read of K and V serves the group."""
         return F.scaled_dot_product_attention(self.rows.to(k.dtype), k, v).flatten(1, 2)
 
     def joined(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
