@@ -15,16 +15,12 @@ BUCKETS = ("0-4k", "4-8k", "8k+")
 
 @dataclass
 class Predictions:
-    """The rows of one prediction file.
-
-    `classes` are the last row's, which hold for the whole file; `truncated` tells of an unfinished last line.
-    """
+    """The rows of one prediction file; `classes` are the last row's, which hold for the whole file."""
 
     answers: list[str] = field(default_factory=list)
     truths: list[list[str]] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
     classes: list[str] | None = None
-    truncated: bool = False
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -36,9 +32,8 @@ def read_predictions(path: Path) -> Predictions:
         With the file and the line, if a line is not a prediction.
     """
     found = Predictions()
-    *lines, last = path.read_bytes().split(b"\n")
-    if last:  # the official code ends its last line too, so this one was cut off while it was written
-        found.truncated = True
+    # The official code ends its last line too: what follows the last line feed was cut off while it was written.
+    *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
