@@ -72,10 +72,13 @@ def parser() -> argparse.ArgumentParser:
         "--backend",
         choices=BACKENDS,
         default=DEFAULTS["backend"],
-        help="kernel: attention on the compressed cache. simulate: on its decompressed copy (%(default)s)",
+        help="kernel: attention on the compressed cache. simulate: on a dense copy with the same zeros (%(default)s)",
     )
     main.add_argument(
-        "--group_size", type=_at_least(1), default=32, help="tokens per channel-wise group (32)"
+        "--group_size",
+        type=_at_least(1),
+        default=32,
+        help="tokens ranked together by channel-wise rules; Kt_Mag and Vt_Mag do not use it (32)",
     )
     main.add_argument(
         "--residual_length",
