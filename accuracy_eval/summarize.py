@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw bars to this PNG, PDF or SVG")
     args = parser.parse_args(argv)
+    if args.plot and args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+        parser.error(f"--plot must end in .png, .pdf or .svg, got {args.plot}")
     try:
         runs = [read_run(folder) for folder in args.runs]
         models = sorted({run.model for run in runs})
