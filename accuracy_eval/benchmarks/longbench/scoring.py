@@ -40,6 +40,8 @@ def read_predictions(path: Path) -> Predictions:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, got {type(row).__name__}")
         missing = [key for key in ("pred", "answers", "all_classes", "length") if key not in row]
         if missing:
             raise UserError(f"{where}: missing {', '.join(missing)}")
