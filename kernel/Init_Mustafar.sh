@@ -9,14 +9,17 @@ case ":$PATH:" in
   *) export PATH="$MUSTAFAR_HOME/.venv/bin:$PATH" ;;
 esac
 
-# nvcc's toolkit, for machines that have one outside the PATH.
+# nvcc's toolkit, for machines that have one outside the PATH. A folder without the headers is none: nvcc on the
+# PATH may be a wrapper.
 if [ -z "${CUDA_HOME:-}" ]; then
-  if command -v nvcc > /dev/null 2>&1; then
-    CUDA_HOME="$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")"
-    export CUDA_HOME
-  elif [ -x /usr/local/cuda/bin/nvcc ]; then
-    export CUDA_HOME=/usr/local/cuda PATH="/usr/local/cuda/bin:$PATH"
-  fi
+  nvcc="$(command -v nvcc 2> /dev/null)" && nvcc="$(readlink -f "$nvcc")"
+  for toolkit in "${nvcc%/bin/nvcc}" /usr/local/cuda; do
+    if [ -e "$toolkit/include/cuda_runtime.h" ] && [ -x "$toolkit/bin/nvcc" ]; then
+      export CUDA_HOME="$toolkit" PATH="$toolkit/bin:$PATH"
+      break
+    fi
+  done
+  unset nvcc toolkit
 fi
 
 echo "MUSTAFAR_HOME=$MUSTAFAR_HOME CUDA_HOME=${CUDA_HOME:-(none: CPU kernels only)}"
