@@ -263,6 +263,12 @@ def test_longbench_e_goes_to_its_own_folder(run, data_dir):
     assert folders(run, "pred_e") == [DENSE] and not (run.out / "pred").exists()
 
 
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")  # root may write anywhere, but a file is no folder even to root
+    with pytest.raises(UserError, match="cannot write to .*--output_dir"):
+        store.RunFolder(tmp_path / "file" / "run", {"mode": "dense"})
+
+
 def test_two_runs_may_not_write_to_one_folder(tmp_path):
     folder = store.RunFolder(tmp_path / "run", {"mode": "dense"})
     with pytest.raises(UserError, match="another run is writing"):

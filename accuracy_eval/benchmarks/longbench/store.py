@@ -29,14 +29,17 @@ class RunFolder:
     Raises
     ------
     UserError
-        If the folder belongs to another configuration or another process writes to it.
+        If the folder belongs to another configuration, another process writes to it, or it cannot be written.
     """
 
     def __init__(self, path: Path, identity: dict) -> None:
         self.path = path
         self.identity = identity
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {path} ({error.strerror}); give another --output_dir") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
