@@ -29,7 +29,7 @@ class RunFolder:
     Raises
     ------
     UserError
-        If the folder belongs to another configuration, another process writes to it, or it cannot be written.
+        If the folder is another configuration's, another process writes to it, or it cannot be written.
     """
 
     def __init__(self, path: Path, identity: dict) -> None:
