@@ -265,7 +265,7 @@ def test_longbench_e_goes_to_its_own_folder(run, data_dir):
 
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")  # root may write anywhere, but a file is no folder even to root
-    with pytest.raises(UserError, match="cannot write to .*--output_dir"):
+    with pytest.raises(UserError, match=r"cannot write to .*--output_dir"):
         store.RunFolder(tmp_path / "file" / "run", {"mode": "dense"})
 
 
