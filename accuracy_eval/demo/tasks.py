@@ -6,8 +6,8 @@ what was asked for is read while decoding, that is, from the pruned cache: the f
 of prefill's dense attention, and an answer of one word would never touch the pruned cache.
 
 In a fact the answer comes before what it is asked by ("The mill is where Zanda lives now."): the name's own
-position then gathers the answer in one layer and is found by its name in the next. The other way round, two such
-steps have to be learnt at once, which did not happen within 40,000 steps.
+position can then gather the answer in one layer and be found by its name in the next. README.md has what was
+tried.
 
 Everything is made as tensors of word ids, on any device: training makes its batches on the GPU, inside the
 captured step, and the bundled rows come from the same functions with a seeded generator.
