@@ -16,14 +16,13 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from mustafar import CompressedTensor, num_kept, ops, pruning, reference
 from mustafar.format import MAX_HEAD_DIM, check_sparsity
+from mustafar.kernel.dense import dense_output, dense_scores, group_rows, host_ms, matmul_attention, sdpa
 from mustafar.testing import accuracy
 from safetensors.torch import load_file, save_file
 
@@ -76,13 +75,7 @@ def median_ms(call: Callable[[], object], device: str) -> float:
         from triton.testing import do_bench
 
         return do_bench(call, return_mode="median")
-    call()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < 0.5 and len(times) < 200):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+    return statistics.median(host_ms(call))
 
 
 class Problem:
@@ -101,23 +94,19 @@ class Problem:
         self.k_window, self.v_window = random(b, hkv, args.window, d), random(b, hkv, args.window, d)
         self.p = random(b, h, t).float().softmax(-1).to(dtype)
         self.lengths = torch.tensor([[t, args.window]] * b, dtype=torch.int32, device=device)
-        self.rows = self.q.unflatten(1, (hkv, h // hkv))  # [B, Hkv, G, D]: one read of K serves a group
+        self.rows = group_rows(self.q, hkv)  # [B, Hkv, G, D]
 
     def scores(self, k: torch.Tensor) -> torch.Tensor:
-        return (self.rows.to(k.dtype) @ k.transpose(2, 3)).flatten(1, 2)
+        return dense_scores(self.rows.to(k.dtype), k)
 
     def output(self, v: torch.Tensor) -> torch.Tensor:
-        p = self.p.to(v.dtype).unflatten(1, (v.shape[1], -1))
-        return (p @ v).flatten(1, 2)
+        return dense_output(self.p.to(v.dtype), v)
 
     def attention(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """SDPA with the queries of a group as rows, so that one read of K and V serves the group."""
-        return F.scaled_dot_product_attention(self.rows.to(k.dtype), k, v).flatten(1, 2)
+        return sdpa(self.rows.to(k.dtype), k, v)
 
     def matmul_attention(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Two matrix products and a softmax: on a CPU often faster than SDPA."""
-        scores = (self.rows.to(k.dtype) @ k.transpose(2, 3)) * k.shape[-1] ** -0.5
-        return (scores.float().softmax(-1).to(v.dtype) @ v).flatten(1, 2)
+        return matmul_attention(self.rows.to(k.dtype), k, v)
 
     def joined(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat([k, self.k_window.to(k.dtype)], 2), torch.cat([v, self.v_window.to(v.dtype)], 2)
