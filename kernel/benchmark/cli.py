@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .measure import Bench
 from .shapes import SECTIONS, Case, plan
 from .timing import Timer
 
+#: How the note on a case begins that raised an error.
+FAILED = "FAILED:"
 RESULTS = machine.ROOT / "kernel" / "results"
 
 
@@ -123,8 +126,15 @@ def measure(
         print(f"copy: {bench.copy_tb_per_s:.3f} TB/s, read and written", flush=True)
         for case in cases:
             start = time.perf_counter()
-            for row in bench.run(case):
-                new.append(identity | row)
+            try:
+                for row in bench.run(case):
+                    new.append(identity | row)
+            except Exception as error:  # the other cases may well run, and machine time is dear
+                traceback.print_exc()
+                timer.synchronize()  # not after an error of the device itself
+                bench.notes.append(
+                    f"{FAILED} {case.section}, {case.shape}: {flashinfer_peer.first_line(error)}"
+                )
             timer.free()
             rows = report.merged(old, new, args.only)
             report.write_csv(path, rows)
@@ -134,7 +144,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write, print; 1 if a result was inaccurate."""
+    """Measure, write, print; 1 if a result was inaccurate or a case failed."""
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     slug = machine.slug(torch.device(args.device))
@@ -167,4 +177,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only == SECTIONS:  # the two series have plots, and the table should fit a screen or two
         shown = [row for row in shown if row["section"] not in ("context", "batch")]
     print(report.table(shown))
-    return 1 if wrong else 0
+    return 1 if wrong or any(note.startswith(FAILED) for note in notes) else 0

@@ -100,8 +100,7 @@ class Bench:
         return found
 
     def _note(self, shape: Shape, peer: Peer, error: Exception) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # an error of the device itself ends the run here
+        self.timer.synchronize()  # an error of the device itself ends the case here
         self.notes.append(f"{peer} at {shape}: {type(error).__name__}: {first_line(error)}")
 
     def copies(self, first: Problem, moved: int) -> list[Problem]:

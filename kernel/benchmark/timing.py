@@ -83,6 +83,11 @@ class Timer:
         target = torch.empty_like(source)
         return 2 * count / self(lambda: target.copy_(source)).median / 1e9
 
+    def synchronize(self) -> None:
+        """Wait for the device, and raise the error it may have met."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def free(self) -> None:
         """Give cached memory back between shapes, so that the next one finds it in one piece."""
         gc.collect()
