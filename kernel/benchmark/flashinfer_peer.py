@@ -69,6 +69,9 @@ def build(cases: Iterable[Case]) -> None:
         dtype = getattr(torch, name)
         specs.append(gen_single_prefill_module("fa2", dtype, dtype, dtype, head_dim, head_dim, *plain))
     build_jit_specs(specs)
+    missing = [spec.name for spec in specs if not spec.is_compiled]
+    if missing:  # ninja, when it is stopped, may say that all went well
+        raise RuntimeError(f"{len(missing)} of {len(specs)} modules are missing: {', '.join(missing)}")
 
 
 class Paged:
