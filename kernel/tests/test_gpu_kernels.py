@@ -1,243 +1,342 @@
-"""What only a GPU can show: every head dim, group and width, graphs, streams, huge strides, error codes.
+"""What only a GPU can show: graphs, streams, determinism, stores beyond 2^31 values, alignment, devices.
 
-The ops are compared with the float32 reference on smaller sets by kernel_wrapper/tests/test_ops.py.
+The results themselves: test_gpu_shapes.py, test_gpu_visibility.py, test_gpu_numerics.py beside this file (on the CPU
+too) and kernel_wrapper/tests/test_ops.py.
 """
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
+import dataclasses
+import gc
 
 import pytest
 import torch
+from decode_steps import GPU_MARKS, HALF, assert_accurate, assert_attends, randn, step
+from mustafar import ops, reference
+from mustafar.format import CompressedTensor, slices_for, width_for, words_for
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = list(GPU_MARKS)
 
-from mustafar import num_kept, ops, reference  # noqa: E402
-from mustafar.format import CompressedTensor, slices_for, width_for, words_for  # noqa: E402
-from mustafar.testing import accuracy  # noqa: E402
-
-CUDA_SOURCES = Path(__file__).parents[1] / "csrc"
-HALF = [torch.float16, torch.bfloat16]
-
-
-def assert_as_accurate(got: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> None:
-    result = accuracy(got, same_dtype, exact)
-    assert result.ok, str(result)
+SHAPES = {
+    "many splits": {"batch": 1, "heads": 1, "tokens": 20_000, "window": 33},
+    "one split": {"batch": 4, "heads": 8, "tokens": 130, "window": 1},
+    "general": {"batch": 2, "tokens": 3000, "layouts": ("general", "general")},
+    "group of 12": {"batch": 2, "tokens": 3000, "group": 12, "head_dim": 80},
+    "head_dim 256": {"batch": 2, "tokens": 3000, "head_dim": 256},
+}  # fmt: skip
 
 
-def random_rows(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    g = torch.Generator(device="cuda").manual_seed(seed)
-    return torch.randn(*shape, generator=g, device="cuda").to(dtype)
+def gpu_step(dtype=torch.float16, **shape) -> dict:
+    return step("cuda", dtype, **shape)
 
 
-def pruned(x: torch.Tensor, sparsity: float, layout: str = "uniform") -> CompressedTensor:
-    c = reference.prune_compress(x, num_kept(sparsity, x.shape[-1]))
-    return c if layout == "uniform" else reference.compress(reference.decompress(c))
+def weights(args: dict) -> torch.Tensor:
+    """Input of value_output for a step's values."""
+    p = randn(*args["q"].shape[:2], args["v"].tokens, device="cuda", dtype=torch.float32, seed=7)
+    return p.softmax(-1).to(args["q"].dtype)
 
 
-def peer_attention(q, k, v, k_window, v_window, lengths, **_) -> torch.Tensor:
-    """The same step in q's dtype with PyTorch on dense tensors; all sequences of equal length, nothing masked."""
-    group = q.shape[1] // k.shape[1]
-    packed, recent = lengths[0].tolist()
-    keys = torch.cat([reference.decompress(k)[:, :, :packed], k_window[:, :, :recent]], 2)
-    values = torch.cat([reference.decompress(v)[:, :, :packed], v_window[:, :, :recent]], 2)
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("bhd,bhtd->bht", q, keys) * q.shape[-1] ** -0.5
-    return torch.einsum("bht,bhtd->bhd", scores.float().softmax(-1).to(q.dtype), values)
+def every_op(args: dict, p: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        ops.decode_attention(**args),
+        ops.key_scores(args["q"], args["k"]),
+        ops.value_output(p, args["v"]),
+    ]
 
 
-def step(
-    dtype, *, batch=2, heads=2, group=4, tokens=200, head_dim=128, window=40, k=0.7, v=0.7, layout="uniform"
-):
-    """Arguments of one decode step."""
-    dense = [random_rows(batch, heads, tokens, head_dim, dtype=dtype, seed=s) for s in (0, 1)]
-    windows = [random_rows(batch, heads, window, head_dim, dtype=dtype, seed=s) for s in (2, 3)]
-    return {
-        "q": random_rows(batch, heads * group, head_dim, dtype=dtype, seed=4),
-        "k": pruned(dense[0], k, layout),
-        "v": pruned(dense[1], v, layout),
-        "k_window": windows[0],
-        "v_window": windows[1],
-        "lengths": torch.tensor([[tokens, window]] * batch, dtype=torch.int32, device="cuda"),
-    }
+def all_equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# Determinism
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32])
-@pytest.mark.parametrize("head_dim", [8, 64, 72, 80, 96, 112, 128, 160, 192, 256])
-def test_head_dims_and_groups(head_dim, group, dtype):
-    args = step(dtype, head_dim=head_dim, group=group, batch=1)
-    exact = reference.decode_attention(**args)
-    assert_as_accurate(ops.decode_attention(**args), peer_attention(**args), exact)
-    q, c = args["q"], args["k"]
-    dense = reference.decompress(c).repeat_interleave(group, 1)
-    peer = torch.einsum("bhd,bhtd->bht", q, dense)
-    assert_as_accurate(ops.key_scores(q, c), peer, reference.key_scores(q, c))
-    p = torch.randn(*q.shape[:2], c.tokens, device="cuda").softmax(-1).to(dtype)
-    peer = torch.einsum("bht,bhtd->bhd", p, dense)
-    assert_as_accurate(ops.value_output(p, c), peer, reference.value_output(p, c))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_bits_on_every_run(shape, dtype):
+    args = gpu_step(dtype, **SHAPES[shape])
+    p = weights(args)
+    first = every_op(args, p)
+    assert all(all_equal(every_op(args, p), first) for _ in range(20))
 
 
-@pytest.mark.parametrize("layout", ["uniform", "general"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.9, 0.97])
-def test_widths(sparsity, layout):
-    """From full rows to rows with runs of more than 32 zeros, K and V of different widths."""
-    for k, v in ((sparsity, sparsity), (sparsity, 0.5), (0.7, sparsity)):
-        args = step(torch.float16, k=k, v=v, layout=layout, tokens=333)
-        exact = reference.decode_attention(**args)
-        assert_as_accurate(ops.decode_attention(**args), peer_attention(**args), exact)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_bits_whatever_else_runs(shape):
+    """Alone, beside other work on another stream, and beside itself."""
+    args, other = gpu_step(**SHAPES[shape]), gpu_step(tokens=500, batch=3)
+    p, other_p = weights(args), weights(other)
+    alone, other_alone = every_op(args, p), every_op(other, other_p)
+    busy = torch.randn(2048, 2048, device="cuda")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    got, other_got = [], []
+    for _ in range(10):
+        with torch.cuda.stream(streams[0]):
+            got.append(every_op(args, p))
+        with torch.cuda.stream(streams[1]):
+            other_got.append(every_op(other, other_p))
+            got.append(every_op(args, p))
+        with torch.cuda.stream(streams[2]):
+            busy = (busy @ busy).clamp(-1, 1)
+    torch.cuda.synchronize()
+    assert all(all_equal(each, alone) for each in got)
+    assert all(all_equal(each, other_alone) for each in other_got)
 
 
-@pytest.mark.parametrize("tokens,window", [(8000, 288), (64, 0), (63, 1), (0, 288), (1, 1), (20000, 33)])
-def test_lengths(tokens, window):
-    args = step(torch.bfloat16, tokens=tokens, window=window, heads=1, batch=3)
-    exact = reference.decode_attention(**args)
-    got = ops.decode_attention(**args)
-    assert_as_accurate(got, peer_attention(**args), exact)
-    for _ in range(3):
-        assert torch.equal(got, ops.decode_attention(**args))
+# Workspace and CUDA graphs
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
-@pytest.mark.parametrize("part", ["k", "v"])
-def test_special_values(part, value):
-    """They reach exactly the outputs that they reach in dense attention."""
-    args = step(torch.float16, tokens=130, heads=1)
-    dense = reference.decompress(args[part]).clone()
-    dense[0, 0, 77, 5] = value
-    args[part] = pruned(dense, 0.7)
-    got, exact = ops.decode_attention(**args), reference.decode_attention(**args)
-    assert torch.equal(got.isnan(), exact.isnan())
-    finite = exact.isfinite()
-    assert torch.equal(got.isfinite(), finite)
-    assert torch.allclose(got[finite].float(), exact[finite], atol=5e-3, rtol=0)
-    if part == "k":
-        got, exact = ops.key_scores(args["q"], args["k"]), reference.key_scores(args["q"], args["k"])
-    else:
-        p = torch.randn(2, args["q"].shape[1], 130, device="cuda").softmax(-1).half()
-        got, exact = ops.value_output(p, args["v"]), reference.value_output(p, args["v"])
-    assert torch.equal(got.isnan(), exact.isnan()) and torch.equal(got.isinf(), exact.isinf())
+def workspace_for(args: dict) -> torch.Tensor:
+    slices = max(args[name].bitmap.shape[2] for name in "kv")
+    return ops.decode_attention_workspace(args["q"], args["k"].shape[1], slices, args["k_window"].shape[2])
 
 
-def test_all_scores_minus_infinity():
-    """Visible tokens of weight zero: 0 / 0, as dense attention has it."""
-    args = step(torch.float16, tokens=64, window=0, batch=1, heads=1, group=1, head_dim=64)
-    args["q"].fill_(1)
-    dense = torch.zeros(1, 1, 64, 64, device="cuda", dtype=torch.float16)
-    dense[..., 3] = -math.inf
-    args["k"] = reference.compress(dense)
-    assert ops.decode_attention(**args).isnan().all()
+def capture(work) -> tuple[torch.cuda.CUDAGraph, object]:
+    """Run once, then capture under the detector of synchronisation."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            result = work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return graph, result
 
 
-def test_capacity_beyond_lengths():
-    """A static cache: storage for many more slices than are filled, and garbage in the rest."""
-    args = step(torch.float16, tokens=6400, window=288)
-    lengths = torch.tensor([[130, 17], [64, 288]], dtype=torch.int32, device="cuda")
-    for name, tokens, window in (("k", 130, "k_window"), ("v", 130, "v_window")):
-        args[name].values[:, :, slices_for(tokens) :] = math.nan
-        args[name].values[0, :, 2, :, 2:] = math.nan  # rows past token 129 of sequence 0
-        args[name].values[1, :, 1:] = math.nan
-        args[window][0, :, 17:] = math.nan
-    args["lengths"] = lengths
-    got = ops.decode_attention(**args)
-    assert torch.isfinite(got).all()
-    exact = torch.cat(
+def copy_step(target: dict, source: dict) -> None:
+    """All tensors of one step into those of another of the same shapes, in place."""
+    for name, part in source.items():
+        if isinstance(part, CompressedTensor):
+            for field in ("bitmap", "values", *(() if part.is_uniform else ("offsets", "widths"))):
+                mine, new = getattr(target[name], field), getattr(part, field)
+                mine[: new.shape[0]].copy_(new) if mine.dim() == 1 else mine.copy_(new)
+        elif isinstance(part, torch.Tensor):
+            target[name].copy_(part)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_graph_follows_its_inputs(shape):
+    """Queries, packed keys and values, window, lengths and padding change in place between replays."""
+    args = gpu_step(**SHAPES[shape])
+    args["starts"] = torch.zeros(args["q"].shape[0], dtype=torch.int32, device="cuda")
+    for name in "kv":  # room for any other content of the general layout
+        if not args[name].is_uniform:
+            room = args[name].values.new_zeros(args[name].offsets.numel() * 64 * args[name].head_dim)
+            room[: args[name].values.numel()] = args[name].values
+            args[name] = dataclasses.replace(args[name], values=room)
+    p, workspace = weights(args), workspace_for(args)
+    graph, outs = capture(lambda: every_op(args | {"workspace": workspace}, p))
+    tokens, window = args["lengths"][0].tolist()
+    queries = args["q"].clone()
+    for seed, (lengths, start) in enumerate(
         [
-            reference.decode_attention(
-                **{
-                    n: first(a, b, *lengths[b].tolist()) if n != "lengths" else a[b : b + 1]
-                    for n, a in args.items()
-                }
-            )
-            for b in range(2)
+            ([tokens, window], 0),
+            ([100, 1], 70),
+            ([0, 1], 0),
+            ([0, 0], 0),
+            ([65, 0], 64),
+            ([tokens, 0], tokens // 2),
         ]
-    )
-    assert torch.allclose(got.float(), exact, atol=3e-3, rtol=0)
+    ):
+        shift = seed % 3
+        fresh = {n: x.roll(shift, 0) if n in ("k_window", "v_window") else x for n, x in args.items()}
+        fresh["q"] = queries.roll(shift, 1) * (1 + shift)
+        for name in "kv":
+            c = args[name]
+            fresh[name] = dataclasses.replace(c, values=c.values * (-1 if seed % 2 else 0.5))
+        fresh["lengths"] = torch.tensor(lengths, dtype=torch.int32, device="cuda").expand_as(args["lengths"])
+        fresh["starts"] = torch.full_like(args["starts"], start)
+        copy_step(args, fresh)
+        workspace.fill_(0xFF)  # NaN: nothing of the last replay may be needed
+        graph.replay()
+        assert all_equal(outs, every_op(args, p)), (lengths, start)
+        if sum(lengths):
+            assert_attends(outs[0], args, (lengths, start))
+        else:
+            assert not outs[0].any()
 
 
-def first(part, b: int, tokens: int, window: int):
-    """Sequence `b` alone, its compressed part cut to `tokens`, NaN in unread rows replaced."""
-    if isinstance(part, CompressedTensor):
-        s = slices_for(tokens)
-        values = part.values[b : b + 1, :, :s].nan_to_num(nan=0.0)
-        return CompressedTensor(part.bitmap[b : b + 1, :, :s], values, None, None, tokens, part.head_dim)
-    return part[b : b + 1, :, :window] if part.dim() == 4 else part[b : b + 1]
+def test_layers_share_a_workspace_in_a_graph():
+    layers = [gpu_step(batch=1, heads=1, tokens=n, window=33) for n in (6400, 64, 20_000, 700)]
+    workspace = max((workspace_for(args) for args in layers), key=torch.Tensor.numel)
+    expected = [ops.decode_attention(**args) for args in layers]
+    graph, outs = capture(lambda: [ops.decode_attention(**args, workspace=workspace) for args in layers])
+    for _ in range(3):
+        graph.replay()
+        assert all_equal(outs, expected)
 
 
-@pytest.mark.parametrize("tokens", [200, 6400])
-def test_graph_follows_lengths_and_does_not_synchronise(tokens):
-    args = step(torch.float16, tokens=tokens, window=64)
-    workspace = ops.decode_attention_workspace(args["q"], 2, slices_for(tokens), 64)
-    ops.decode_attention(**args, workspace=workspace)
+def test_only_the_output_is_allocated():
+    """With a workspace, in a capture and outside."""
+    args = gpu_step(batch=1, heads=1, tokens=20_000)
+    args["workspace"] = workspace_for(args)
+
+    def allocations() -> int:
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        out = ops.decode_attention(**args)
+        return torch.cuda.memory_stats()["allocation.all.allocated"] - before - (out.numel() > 0)
+
+    assert allocations() == 0
+    _, extra = capture(allocations)
+    assert extra == 0
+
+
+def test_capture_without_a_workspace_is_refused():
+    """Memory of the graph's own pool that nobody sees would stay with every graph."""
+    args = gpu_step(batch=1, heads=1, tokens=20_000)
+    if not workspace_for(args).numel():
+        pytest.skip("decode_attention needs no workspace for this shape")
+    expected = ops.decode_attention(**args)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        out = torch.zeros(1, device="cuda") + 1  # an empty graph would be a warning
+        with pytest.raises(RuntimeError, match="workspace"):
+            ops.decode_attention(**args)
+    assert out is not None
+    assert torch.equal(ops.decode_attention(**args), expected)
+
+
+def test_a_workspace_too_small_is_refused():
+    args = gpu_step(batch=1, heads=1, tokens=20_000)
+    workspace = workspace_for(args)
+    if not workspace.numel():
+        pytest.skip("decode_attention needs no workspace for this shape")
+    with pytest.raises(ValueError, match="workspace"):
+        ops.decode_attention(**args, workspace=workspace[: workspace.numel() // 2])
+    with pytest.raises(ValueError, match="workspace"):
+        ops.decode_attention(**args, workspace=workspace.cpu())
+
+
+def test_workspace_is_not_written_past_its_end():
+    for shape in SHAPES.values():
+        args = gpu_step(**shape)
+        size = workspace_for(args).numel()
+        room = torch.full((size + 4096,), 0x5A, dtype=torch.uint8, device="cuda")
+        expected = ops.decode_attention(**args)
+        assert torch.equal(ops.decode_attention(**args, workspace=room[:size]), expected)
+        assert bool((room[size:] == 0x5A).all())
+
+
+def test_no_synchronisation():
+    args = gpu_step(tokens=3000)
+    p = weights(args)
+    every_op(args, p)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = ops.decode_attention(**args, workspace=workspace)
-            scores = ops.key_scores(args["q"], args["k"])
+        every_op(args, p)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for lengths in ([[tokens, 64], [100, 1]], [[0, 5], [65, 0]], [[0, 0], [tokens, 64]]):
-        args["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
-        workspace.fill_(0xFF)  # NaN
-        graph.replay()
-        assert torch.equal(out, ops.decode_attention(**args))
-        assert torch.allclose(out.float(), reference.decode_attention(**args), atol=3e-3, rtol=0)
-    assert torch.equal(scores, ops.key_scores(args["q"], args["k"]))
 
 
-def test_streams():
-    args = step(torch.float16, tokens=6400, batch=4)
-    expected = ops.decode_attention(**args)
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    outs = []
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            outs.append([ops.decode_attention(**args) for _ in range(5)])
-    torch.cuda.synchronize()
-    assert all(torch.equal(out, expected) for some in outs for out in some)
+# Addresses
 
 
-def test_strides_beyond_32_bits():
+@pytest.fixture
+def gpu_memory():
+    """Skips where less than the gigabytes asked for are free; gives back afterwards what the test took."""
+
+    def need(gigabytes: int) -> None:
+        if torch.cuda.mem_get_info()[0] < gigabytes << 30:
+            pytest.skip(f"needs {gigabytes} GB of free GPU memory")
+
+    yield need
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def test_more_than_2_to_31_values(gpu_memory):
+    """One store of 2^31 + values and every head of it in use; the first and the last head are checked."""
+    gpu_memory(30)
+    batch, heads, head_dim, width = 2, 4, 128, 64
+    slices = (1 << 31) // (batch * heads * 64 * width) + 1
+    tokens = 64 * slices - 5
+    values = torch.empty(batch, heads, slices, width // 8, 64, 8, dtype=torch.float16, device="cuda")
+    assert values.numel() > 1 << 31
+    values.normal_(generator=torch.Generator("cuda").manual_seed(0))
+    # Channels 0, 2, 4 ... of even tokens and 1, 3, 5 ... of odd ones.
+    bitmap = torch.empty(batch, heads, slices, 64, 2, dtype=torch.int64, device="cuda")
+    bitmap[..., ::2, :], bitmap[..., 1::2, :] = 0x5555555555555555, -0x5555555555555556
+    bitmap[:, :, -1, 59:], values[:, :, -1, :, 59:] = 0, 0
+    c = CompressedTensor(bitmap, values, None, None, tokens, head_dim)
+    q = 4 * randn(
+        batch, heads, head_dim, device="cuda", dtype=torch.float16
+    )  # a few tokens get most of the weight
+    window = randn(batch, heads, 8, head_dim, device="cuda", dtype=torch.float16)
+    lengths = torch.tensor([[tokens, 8]] * batch, dtype=torch.int32, device="cuda")
+    got = ops.decode_attention(q, c, c, window, window, lengths)
+    scores = ops.key_scores(q, c)
+    p = torch.zeros(batch, heads, tokens, dtype=torch.float16, device="cuda")
+    places = torch.tensor([0, 1, 63, tokens // 2, tokens - 70, tokens - 1], device="cuda")
+    p[..., places] = torch.arange(1, 7, device="cuda").half() / 16
+    weighed = ops.value_output(p, c)
+    for b, h in ((0, 0), (1, 3)):
+        dense = values.new_zeros(slices, 64, width, 2)
+        rows = values[b, h].transpose(1, 2).flatten(2)
+        dense[:, ::2, :, 0], dense[:, 1::2, :, 1] = rows[:, ::2], rows[:, 1::2]
+        dense = dense.view(-1, head_dim)[:tokens]
+        exact = dense.float() @ q[b, h].float()
+        error = (scores[b, h].float() - exact).abs().max()
+        assert error <= 2 * torch.finfo(q.dtype).eps * exact.abs().max()
+        expected = p[b, h, places].float() @ dense[places].float()
+        assert (weighed[b, h].float() - expected).abs().max() <= 4e-3
+        all_scores = torch.cat([exact, window[b, h].float() @ q[b, h].float()]) * head_dim**-0.5
+        weight = all_scores.softmax(-1)
+        expected = weight[:-8] @ dense.float() + weight[-8:] @ window[b, h].float()
+        joined = torch.cat([dense, window[b, h]])[None, None]
+        peer = torch.nn.functional.scaled_dot_product_attention(q[b, h][None, None, None], joined, joined)
+        assert_accurate(got[b, h], peer[0, 0, 0], expected, (b, h))
+
+
+def test_strides_beyond_32_bits(gpu_memory):
     """The second sequence lies more than 2^31 values behind the first."""
-    if torch.cuda.mem_get_info()[0] < 16 << 30:
-        pytest.skip("needs 16 GB of GPU memory")
-    args = step(torch.float16, tokens=130, heads=1)
+    gpu_memory(16)
+    args = gpu_step(heads=1)
     far = (1 << 31) + 1024
-    for name in ("k", "v"):
+    for name in "kv":
         c = args[name]
-        shape, strides = c.values.shape, c.values.stride()
         store = torch.empty(far + c.values[0].numel(), dtype=c.dtype, device="cuda")
-        values = store.as_strided(shape, (far, *strides[1:])).copy_(c.values)
-        args[name] = CompressedTensor(c.bitmap, values, None, None, c.tokens, c.head_dim)
-    exact = reference.decode_attention(**args)
-    assert_as_accurate(ops.decode_attention(**args), peer_attention(**args), exact)
-    got = ops.key_scores(args["q"], args["k"])
-    assert torch.allclose(got.float(), reference.key_scores(args["q"], args["k"]), atol=0.05, rtol=1e-3)
+        values = store.as_strided(c.values.shape, (far, *c.values.stride()[1:])).copy_(c.values)
+        args[name] = dataclasses.replace(c, values=values)
+    near = {n: dataclasses.replace(args[n], values=args[n].values.contiguous()) for n in "kv"}
+    assert all_equal(every_op(args, weights(args)), every_op(args | near, weights(args)))
+    assert_attends(ops.decode_attention(**args), args)
 
 
-def test_general_offsets_beyond_32_bits():
-    if torch.cuda.mem_get_info()[0] < 16 << 30:
-        pytest.skip("needs 16 GB of GPU memory")
-    args = step(torch.float16, tokens=130, heads=1, layout="general")
-    far = (1 << 31) + 1024
-    for name in ("k", "v"):
+def test_general_offsets_beyond_32_bits(gpu_memory):
+    gpu_memory(16)
+    args = gpu_step(heads=1, layouts=("general", "general"))
+    p = weights(args)
+    expected, far = every_op(args, p), (1 << 31) + 1024
+    for name in "kv":
         c = args[name]
         store = torch.empty(far + c.values.numel(), dtype=c.dtype, device="cuda")
         store[far:] = c.values
-        args[name] = CompressedTensor(c.bitmap, store, c.offsets + far, c.widths, c.tokens, c.head_dim)
-    exact = reference.decode_attention(**args)
-    assert_as_accurate(ops.decode_attention(**args), peer_attention(**args), exact)
+        args[name] = dataclasses.replace(c, values=store, offsets=c.offsets + far)
+    assert all_equal(every_op(args, p), expected)
+
+
+def test_slices_of_the_general_layout_lie_in_any_order():
+    args = gpu_step(tokens=700, layouts=("general", "general"))
+    p = weights(args)
+    expected = every_op(args, p)
+    for name in "kv":
+        c = args[name]
+        pieces, at = [], 0
+        offsets = torch.empty_like(c.offsets)
+        for index in reversed(torch.cartesian_prod(*map(torch.arange, c.widths.shape)).tolist()):
+            start, size = int(c.offsets[tuple(index)]), 64 * int(c.widths[tuple(index)])
+            pieces += [c.values[start : start + size], c.values.new_full((8,), torch.nan)]  # gaps
+            offsets[tuple(index)] = at
+            at += size + 8
+        args[name] = dataclasses.replace(c, values=torch.cat(pieces), offsets=offsets)
+    assert all_equal(every_op(args, p), expected)
 
 
 def test_strided_windows_and_queries():
-    args = step(torch.float16, tokens=130)
+    args = gpu_step()
     expected = ops.decode_attention(**args)
     for name in ("k_window", "v_window"):  # heads inside tokens, as projections leave them
         args[name] = args[name].transpose(1, 2).contiguous().transpose(1, 2)
@@ -245,26 +344,55 @@ def test_strided_windows_and_queries():
     wide[..., :128] = args["q"]
     args["q"] = wide[..., :128]
     assert torch.equal(ops.decode_attention(**args), expected)
+    assert torch.equal(
+        ops.key_scores(args["q"], args["k"]), ops.key_scores(args["q"].contiguous(), args["k"])
+    )
     args["k_window"] = torch.zeros(2, 2, 40, 130, dtype=torch.float16, device="cuda")[..., 1:129]
     with pytest.raises(ValueError, match="k_window"):
         ops.decode_attention(**args)
 
 
+def test_filled_part_of_a_store():
+    """Views of stores with room for more slices and more window tokens than are passed."""
+    args = gpu_step(tokens=640, window=96)
+    part = dict(args)
+    for name in "kv":
+        c = args[name]
+        part[name] = dataclasses.replace(c, bitmap=c.bitmap[:, :, :3], values=c.values[:, :, :3], tokens=192)
+        part[f"{name}_window"] = args[f"{name}_window"][:, :, :17]
+    part["lengths"] = torch.tensor([[192, 17], [130, 5]], dtype=torch.int32, device="cuda")
+    assert_attends(ops.decode_attention(**part), part)
+
+
 def test_head_dim_not_a_multiple_of_8_is_refused():
-    x = random_rows(1, 1, 70, 100, dtype=torch.float16)
+    x = randn(1, 1, 70, 100, device="cuda", dtype=torch.float16)
     with pytest.raises((RuntimeError, ValueError)):
-        ops.key_scores(x[:, :, 0].contiguous(), pruned(x, 0.5))
+        ops.key_scores(x[:, :, 0].contiguous(), reference.prune_compress(x, 50))
+
+
+# Devices
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device():
-    args = step(torch.float16, tokens=6400)
-    expected = ops.decode_attention(**args)
+    """Whichever device is current, with a graph and a workspace of its own."""
+    args = gpu_step(tokens=6400)
     there = {name: part.to("cuda:1") for name, part in args.items()}
-    assert torch.equal(ops.decode_attention(**there).cpu(), expected.cpu())
+    p = weights(args)
+    expected = every_op(args, p)
+    assert all_equal([x.cpu() for x in every_op(there, p.to("cuda:1"))], [x.cpu() for x in expected])
+    with torch.cuda.device(1):
+        there["workspace"] = ops.decode_attention_workspace(there["q"], 2, slices_for(6400), 40)
+        graph, out = capture(lambda: ops.decode_attention(**there))
+        graph.replay()
+        torch.cuda.synchronize()
+    assert torch.equal(out.cpu(), expected[0].cpu())
+    with pytest.raises(ValueError, match="device"):
+        ops.decode_attention(**args | {"k": there["k"]})
 
 
 def test_formula_of_bytes():
     """The uniform layout's bytes a token, which the speed-up rests on."""
-    c = pruned(random_rows(1, 1, 64, 128, dtype=torch.float16), 0.7)
+    x = randn(1, 1, 64, 128, device="cuda", dtype=torch.float16)
+    c = reference.prune_compress(x, 39)
     assert c.nbytes == 64 * (8 * words_for(128) + 2 * width_for(39)) == 0.375 * c.dense_nbytes
