@@ -4,6 +4,8 @@ Each function takes and returns what the op of the same name in `torch.ops.musta
 more token rows of a slice at a time as a [rows, channels] tile; `FORMAT.md` has the layout they write.
 
 They run on CUDA tensors, and on CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1`` before import).
+The ops use them only where the extension was built without CUDA: the CUDA kernels of the same names (`csrc/`) give
+the same bits and are several times faster.
 """
 
 from __future__ import annotations

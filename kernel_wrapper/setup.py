@@ -100,7 +100,7 @@ def extension() -> cpp_extension.CppExtension:
         )
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    files = common + sources(Path("csrc"), "ops_cuda.cpp") + sources(KERNEL / "csrc", "*.cu")
+    files = common + sources(Path("csrc"), "ops_cuda*.cpp") + sources(KERNEL / "csrc", "*.cu")
     nvcc = ["-O3", "-std=c++17", "-lineinfo"]
     return cpp_extension.CUDAExtension(
         "mustafar._C",

@@ -1,5 +1,5 @@
-// The ops of torch.ops.mustafar: their schemas, and nothing else. ops_cpu.cpp and ops_cuda.cpp implement
-// them; prune_compress, compress and decompress on a GPU are Triton, registered by mustafar/ops.py.
+// The ops of torch.ops.mustafar: their schemas, and nothing else. ops_cpu.cpp, ops_cuda.cpp and
+// ops_cuda_compression.cpp implement them.
 #include <Python.h>
 #include <torch/library.h>
 

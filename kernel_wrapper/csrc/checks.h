@@ -63,6 +63,38 @@ inline void check_device(const at::Tensor& tensor, const at::Tensor& like, const
                     tensor.device());
 }
 
+// What prune_compress and compress read.
+inline void check_dense(const at::Tensor& x) {
+  check_dim(x, 4, "x", "[B, Hkv, T, D]");
+  check_head_dim(x.size(3));
+  check_rows(x, "x");
+  dtype_of(x, "x");
+}
+
+inline int64_t check_kept(int64_t k, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(k >= 1 && k <= x.size(3), "k: expected 1 to ", x.size(3), " values kept per row, got ",
+                    k);
+  return k;
+}
+
+inline at::Tensor empty_bitmap(const at::Tensor& x) {
+  return at::empty({x.size(0), x.size(1), slices_for(x.size(2)), kSliceTokens, words_for(x.size(3))},
+                   x.options().dtype(at::kLong));
+}
+
+// The fields that the parameters of prune_compress and compress have in common, on either device.
+template <typename Params>
+Params dense_params(const at::Tensor& x, const at::Tensor& bitmap) {
+  Params p{};
+  p.x = x.const_data_ptr();
+  p.bitmap = reinterpret_cast<uint64_t*>(bitmap.mutable_data_ptr<int64_t>());
+  p.tokens = x.size(2);
+  p.x_batch_stride = x.stride(0), p.x_head_stride = x.stride(1), p.x_token_stride = x.stride(2);
+  p.batch = x.size(0), p.kv_heads = x.size(1), p.head_dim = x.size(3), p.slices = bitmap.size(2);
+  p.dtype = dtype_of(x, "x");
+  return p;
+}
+
 // The kernels load 16-byte vectors of dense rows on a GPU.
 inline void check_alignment(const at::Tensor& tensor, const char* name) {
   if (!tensor.is_cuda() || tensor.numel() == 0) return;

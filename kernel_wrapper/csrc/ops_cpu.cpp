@@ -17,35 +17,9 @@ void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
   at::parallel_for(0, n, 1, body);
 }
 
-void check_dense(const at::Tensor& x) {
-  check_dim(x, 4, "x", "[B, Hkv, T, D]");
-  check_head_dim(x.size(3));
-  check_rows(x, "x");
-  dtype_of(x, "x");
-}
-
-at::Tensor empty_bitmap(const at::Tensor& x) {
-  return at::empty({x.size(0), x.size(1), slices_for(x.size(2)), kSliceTokens, words_for(x.size(3))},
-                   x.options().dtype(at::kLong));
-}
-
-// The fields that PruneCompressParams and CompressParams have in common.
-template <typename Params>
-Params dense_params(const at::Tensor& x, const at::Tensor& bitmap) {
-  Params p{};
-  p.x = x.const_data_ptr();
-  p.bitmap = reinterpret_cast<uint64_t*>(bitmap.mutable_data_ptr<int64_t>());
-  p.tokens = x.size(2);
-  p.x_batch_stride = x.stride(0), p.x_head_stride = x.stride(1), p.x_token_stride = x.stride(2);
-  p.batch = x.size(0), p.kv_heads = x.size(1), p.head_dim = x.size(3), p.slices = bitmap.size(2);
-  p.dtype = dtype_of(x, "x");
-  return p;
-}
-
 std::tuple<at::Tensor, at::Tensor> prune_compress(const at::Tensor& x, int64_t k) {
   check_dense(x);
-  TORCH_CHECK_VALUE(k >= 1 && k <= x.size(3), "k: expected 1 to ", x.size(3), " values kept per row, got ",
-                    k);
+  check_kept(k, x);
   const int64_t vectors = (k + kVectorValues - 1) / kVectorValues;
   at::Tensor bitmap = empty_bitmap(x);
   at::Tensor values =

@@ -1,7 +1,7 @@
 """The public ops on `CompressedTensor`, and what torch.compile needs to know of them.
 
 Each op is `torch.ops.mustafar.<name>`: schema and checks in csrc/, kernels in kernel/csrc (CUDA), kernel/cpu (C++)
-and kernel/compression.py (Triton). `mustafar.reference` has the plain PyTorch twin of each.
+and kernel/compression.py (Triton, where the extension has no CUDA). `mustafar.reference` has the plain PyTorch twin.
 
 B batch, H query heads, Hkv KV heads (G = H / Hkv), T tokens, D head dim, S slices of 64 tokens, W bitmap words.
 """
@@ -185,23 +185,17 @@ def _(q: torch.Tensor, *args):
 
 
 def _register_triton() -> None:
-    """Route the GPU's compression ops to Triton; where it is missing they say so when called."""
-    if not _ops.has_cuda():
+    """Where torch has CUDA but the extension was built without, compression on a GPU is Triton, if it is there."""
+    if _ops.has_cuda() or torch.version.cuda is None:
         return
     try:
         from mustafar.kernel import compression
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        compression = None
-
-    def needs_triton(*args: object) -> None:
-        raise ImportError(
-            "compression on a GPU is written in Triton, which is not installed: pip install triton"
-        )
-
+        return
     for name in ("prune_compress", "compress", "decompress"):
-        torch.library.impl(f"mustafar::{name}", "CUDA")(getattr(compression, name, needs_triton))
+        torch.library.impl(f"mustafar::{name}", "CUDA")(getattr(compression, name))
 
 
 _register_triton()
