@@ -120,7 +120,7 @@ def test_many_slices(compression):
 @pytest.mark.parametrize("head_dim", [7, 64, 100, 128, 130])
 def test_strided_and_unaligned(compression, head_dim, request):
     if "triton" in request.node.callspec.id and compression.device == "cuda" and head_dim != 100:
-        pytest.skip("half a minute to compile for every stride; the interpreter runs all of them")
+        pytest.skip("compiles anew for every stride; the interpreter runs all of them")
     x = torch.randn(1, 40, 2, head_dim).half().to(compression.device).transpose(1, 2)
     assert same_pruned(compression, x, (head_dim + 2) // 3)
     buffer = torch.randn(2 * 70 * (head_dim + 8) + 1).half().to(compression.device)
