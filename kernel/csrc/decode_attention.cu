@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "decode_attention.h"
+#include "feed.cuh"
 #include "launch.cuh"
 #include "queries.cuh"
 #include "sequence.cuh"
@@ -14,21 +15,19 @@ namespace {
 constexpr float kMaximumSlack = 8.f;
 
 // Query heads of a group that one pass over the cache serves at most: what registers are left for.
-__host__ __device__ constexpr int max_heads(int channels) { return channels == 256 ? 4 : 8; }
-// Heads of a pass that the kernel is compiled for.
-constexpr int compiled_heads(int heads) { return heads <= 1 ? 1 : heads <= 2 ? 2 : heads <= 4 ? 4 : 8; }
-
-// Warps of a block at most. Shared memory limits them (launch.cuh), for 64 channels registers do.
-__host__ __device__ constexpr int max_warps(int channels) { return channels == 64 ? 10 : 8; }
-
-// Staged vectors of a row: a third gains 3 %, but for 8 heads at 128 channels it costs the eighth warp of an
-// SM.
+struct MostHeads {
+  constexpr int operator()(int channels) const { return channels == 256 ? 4 : 8; }
+};
+// Warps of a block at most: what shared memory has room for, and for 64 channels registers.
+constexpr int max_warps(int channels) { return channels == 64 ? 12 : channels == 128 ? 8 : 4; }
+// Staged vectors of a row: with 3, 8 heads at 128 channels would cost the eighth warp of an SM.
+constexpr int ring_vectors(int channels, int heads) { return channels == 128 && heads == 8 ? 2 : 3; }
 template <int kChannels, int kHeads>
-using StagedRows = RowPair<kChannels / 32, kHeads == 8 ? 2 : 3>;
+using SliceFeed = Feed<kChannels / 32, ring_vectors(kChannels, kHeads), true>;
 
 template <int kChannels, int kHeads>
 constexpr int kWarpBytes =
-    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * StagedRows<kChannels, kHeads>::kStagingBytes;
+    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * SliceFeed<kChannels, kHeads>::kStagingBytes;
 template <int kChannels>
 constexpr int kTableBytes = QueryTable<__half, kChannels, 1>::kBytes;  // of any dtype and heads
 
@@ -58,106 +57,136 @@ __device__ __forceinline__ void write_output(const DecodeAttentionParams& p, int
       Half<T>::round(nothing_visible ? 0.f : sum / weight);
 }
 
-// Each warp takes units of 64 tokens (sequence.cuh) one after another. Scores of a unit come first, lane by
-// lane on the non-zeros of its keys; then, at once, its values are expanded to the tile and the next unit's
-// scores computed; then the tensor cores multiply the tile by the softmax weights.
+// The work of a warp: 64 tokens after another, window chunks and then slices. The scores of a slice are there
+// when its values are walked; the keys of the next slice are walked in the same loop, for twice the
+// independent instructions. Scores are in powers of two.
 template <class T, int kChannels, int kHeads>
-__global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
-    decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p,
-                            const __grid_constant__ Plan plan, float score_scale) {
-  constexpr int kBytes = kWarpBytes<kChannels, kHeads>;
+struct Worker {
   using Queries = QueryTable<T, kChannels, kHeads>;
-  using Rows = StagedRows<kChannels, kHeads>;
-  using KeyWalk = Walk<Queries::kPitch, 0, Rows>;
-  extern __shared__ __align__(16) char shared[];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
-  const Sequence sequence(p, at.b);
+  using SomeFeed = SliceFeed<kChannels, kHeads>;
+  static constexpr int kWords = SomeFeed::kBitmapWords;
+  const uint32_t table, tile, weights;
+  const int head_dim, lane;
+  const float scale;
+  Scores<Queries, kHeads> scores;
+  ValueProduct<T, kChannels, kHeads> output;
+  Partial partial[kHeads];  // maximum is the warp's, sum this lane's
 
-  const int block_warps = blockDim.x / kWarpSize;
-  char* const own = shared + Queries::kBytes + warp * kBytes;
-  const uint32_t table = shared_address(shared), region = shared_address(own);
-  const uint32_t tile = region + kGuardRows * kTilePitch, weights = region + tile_bytes(kChannels);
-  const uint32_t staging = weights + weights_bytes(kHeads);
-  Rows keys(staging, lane), values(staging + Rows::kStagingBytes, lane);
+  __device__ __forceinline__ void clear() {
+    output.clear();
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) partial[h] = {-INFINITY, 0.f};
+  }
 
-  const int words = bitmap_words(p.head_dim);
-  const int self = at.split * block_warps + warp, warps = plan.splits * block_warps;
-  const DenseWindow k_window{p.k_window, p.k_window_batch_stride, p.k_window_head_stride,
-                             p.k_window_token_stride, p.head_dim};
-  const DenseWindow v_window{p.v_window, p.v_window_batch_stride, p.v_window_head_stride,
-                             p.v_window_token_stride, p.head_dim};
-  const auto key_location = [&](const Unit& unit) { return locate(unit, p.key, k_window, at.b, at.kv_head); };
-  const auto value_location = [&](const Unit& unit) {
-    return locate(unit, p.value, v_window, at.b, at.kv_head);
-  };
-  const auto begin = [&](Rows& rows, const Unit& unit, const Location& location, const CompressedView& view,
-                         const DenseWindow& window) {
-    const bool visible[kRowsPerLane] = {sequence.visible(unit, lane),
-                                        sequence.visible(unit, lane + kWarpSize)};
-    rows.begin(unit_rows(unit, location, view, window, at.b, at.kv_head, words), visible, words, lane);
-  };
+  // 64 tokens of the window, from `first`.
+  __device__ __forceinline__ void chunk(const Sequence& sequence, const DenseWindow& keys,
+                                        const DenseWindow& values, int first) {
+    const uint32_t column = table + Queries::column(0);  // of one copy: every lane reads the same channel
+    bool visible[kRowsPerLane];
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) visible[r] = sequence.in_window(first + lane + r * kWarpSize);
+    scores.clear();
+#pragma unroll 2
+    for (int vector = 0; vector < head_dim / kVectorValues; ++vector) {
+      uint4 key[kRowsPerLane], value[kRowsPerLane];
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) {
+        key[r] = keys.vector(first + lane + r * kWarpSize, visible[r], vector);
+        value[r] = values.vector(first + lane + r * kWarpSize, visible[r], vector);
+      }
+      store_column(tile_column(tile, lane) + vector * kVectorValues * kTilePitch, value[0], value[1]);
+#pragma unroll
+      for (int i = 0; i < kVectorValues; ++i) {
+        float queries[kHeads];
+        Queries::read(column + (vector * kVectorValues + i) * Queries::kPitch, queries);
+#pragma unroll
+        for (int r = 0; r < kRowsPerLane; ++r) {
+          const uint32_t pair = i < 2 ? key[r].x : i < 4 ? key[r].y : i < 6 ? key[r].z : key[r].w;
+          const float x = i % 2 == 0 ? Half<T>::low(pair) : Half<T>::high(pair);
+#pragma unroll
+          for (int h = 0; h < kHeads; ++h) scores.of[r][h] = fmaf(queries[h], x, scores.of[r][h]);
+        }
+      }
+    }
+    scale_scores();
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r)
+      if (!visible[r]) hide(r);
+    weigh();
+    multiply();
+  }
 
-  // Scores of the lane's two tokens with every head.
-  float scores[kRowsPerLane][kHeads];
-  const auto clear_scores = [&] {
+  // The first slice's scores.
+  __device__ __forceinline__ void score(SomeFeed& keys) {
+    score_slice(keys, table, head_dim, lane, scores);
+    scores_done(keys);
+  }
+
+  // A slice's values, whose scores are there, and the scores of the next one if there is one.
+  __device__ __forceinline__ void slice(SomeFeed& keys, SomeFeed& values) {
+    weigh();
+    Scatter scatter;
+    TileWalk<kWords> value_walk(tile_column(tile, lane), head_dim);
+    values.begin(value_walk, head_dim);
+    if (keys.more()) {
+      QueryWalk<Queries, kWords> key_walk(table + Queries::column(lane), head_dim);
+      keys.begin(key_walk, head_dim);
+      scores.clear();
+      visit_both(Tour{keys, key_walk, scores}, Tour{values, value_walk, scatter});
+      keys.finish(key_walk, head_dim, [&] { scores.clear(); }, scores);
+      scores_done(keys);
+    } else {
+      visit_all(Tour{values, value_walk, scatter});
+    }
+    values.finish(value_walk, head_dim, [] {}, scatter);
+    values.end();
+    multiply();
+  }
+
+  // Leaves the sums and the Partial of every head in the warp's own memory.
+  __device__ __forceinline__ void finish(char* own) {
+    output.store(reinterpret_cast<float*>(own), lane);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+      for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+        partial[h].sum += __shfl_xor_sync(kFullWarp, partial[h].sum, distance);
+      if (lane == 0) reinterpret_cast<Partial*>(own + tile_bytes(kChannels))[h] = partial[h];
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void scale_scores() {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r)
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) scores[r][h] = 0.f;
-  };
-  auto add_score = [&](int row, uint32_t address, uint32_t pair, bool high) {
-    Queries::add(scores[row], address, high ? Half<T>::high(pair) : Half<T>::low(pair));
-  };
-  Scatter scatter;
-
-  Unit unit, next, after;
-  bool more = sequence.deal(self, warps, 0, &unit), more_next = more && sequence.deal(self, warps, 1, &next);
-  if (more) begin(keys, unit, key_location(unit), p.key, k_window);
-  commit_copies();
-  Queries::fill(table, shared_address(shared + Queries::kBytes),
-                static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
-                p.q_head_stride, at.heads, p.head_dim);
-  fill_zeros(region, tile_bytes(kChannels), lane);
-  __syncwarp();
-  if (more) {
-    clear_scores();
-    wait_copies<0>();
-    KeyWalk walk(keys, table + Queries::column(lane), p.head_dim, words);
-    walk_from(0, 0, walk, add_score);
-    walk.finish(clear_scores, add_score);
-    begin(values, unit, value_location(unit), p.value, v_window);
-    if (more_next) begin(keys, next, key_location(next), p.key, k_window);
-    commit_copies();
+      for (int h = 0; h < kHeads; ++h) scores.of[r][h] *= scale;
+  }
+  __device__ __forceinline__ void hide(int row) {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) scores.of[row][h] = -INFINITY;
+  }
+  __device__ __forceinline__ void scores_done(SomeFeed& keys) {
+    scale_scores();
+    if (!keys.whole()) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r)
+        if (!keys.visible(r)) hide(r);
+    }
+    keys.end();
   }
 
-  ValueProduct<T, kChannels, kHeads> output;
-  output.clear();
-  Partial partial[kHeads];  // maximum is the warp's, sum this lane's
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) partial[h] = {-INFINITY, 0.f};
-
-  for (int turn = 2; more; ++turn) {
-    // Here the scores of `unit` are known, and its values and the keys of `next` are on their way.
-    const bool more_after = more_next && sequence.deal(self, warps, turn, &after);
-    Location value_at, key_at;
-    if (more_next) value_at = value_location(next);
-    if (more_after) key_at = key_location(after);
-
-    // Softmax weights, relative to a maximum that the whole warp shares.
+  // Softmax weights of the scores, relative to a maximum that the whole warp shares.
+  __device__ __forceinline__ void weigh() {
     bool above = false;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h)
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) {
-        scores[r][h] = values.visible[r] ? scores[r][h] * score_scale : -INFINITY;
-        above |= scores[r][h] > partial[h].maximum + kMaximumSlack;
-      }
+      above |= fmaxf(scores.of[0][h], scores.of[1][h]) > partial[h].maximum + kMaximumSlack;
     if (__any_sync(kFullWarp, above)) {
       float own_factor = 1.f;  // of the head whose output sums this lane holds
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        float top = fmaxf(partial[h].maximum, fmaxf(scores[0][h], scores[1][h]));
+        float top = fmaxf(partial[h].maximum, fmaxf(scores.of[0][h], scores.of[1][h]));
 #pragma unroll
         for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
           top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, distance));
@@ -171,54 +200,78 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       const float maximum = partial[h].maximum == -INFINITY ? 0.f : partial[h].maximum;
-      const float first = exp2_fast(scores[0][h] - maximum), second = exp2_fast(scores[1][h] - maximum);
+      const float first = exp2_fast(scores.of[0][h] - maximum), second = exp2_fast(scores.of[1][h] - maximum);
       partial[h].sum += first + second;
       store_weight(weights, h, Half<T>::pack(first, second), lane);
     }
-
-    clear_scores();
-    wait_copies<0>();
-    if (more_next) {
-      TileWalk<Rows> value_walk(values, tile_column(tile, lane), p.head_dim, words);
-      KeyWalk key_walk(keys, table + Queries::column(lane), p.head_dim, words);
-      walk_both(key_walk, add_score, value_walk, scatter);
-      key_walk.finish(clear_scores, add_score);
-      value_walk.finish([] {}, scatter);
-      begin(values, next, value_at, p.value, v_window);
-      if (more_after) begin(keys, after, key_at, p.key, k_window);
-      commit_copies();
-    } else {
-      expand(values, tile, p.head_dim, words, lane);
-    }
-    __syncwarp();
-    output.add(tile, weights, p.head_dim, lane);
-    __syncwarp();
-    next = after, more = more_next, more_next = more_after;
   }
 
-  // Merge the warps of the block: each leaves its sums in its own tile.
-  output.store(reinterpret_cast<float*>(own), lane);
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-      partial[h].sum += __shfl_xor_sync(kFullWarp, partial[h].sum, distance);
-    if (lane == 0) reinterpret_cast<Partial*>(own + tile_bytes(kChannels))[h] = partial[h];
+  __device__ __forceinline__ void multiply() {
+    __syncwarp();
+    output.add(tile, weights, head_dim, lane);
+    __syncwarp();
   }
+};
+
+template <class T, int kChannels, int kHeads>
+__global__ void __launch_bounds__(kWarpSize* max_warps(kChannels), 1)
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p,
+                            const __grid_constant__ Plan plan, float score_scale) {
+  using Queries = QueryTable<T, kChannels, kHeads>;
+  using SomeFeed = SliceFeed<kChannels, kHeads>;
+  constexpr int kBytes = kWarpBytes<kChannels, kHeads>;
+  extern __shared__ __align__(16) char shared[];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
+  const int block_warps = blockDim.x / kWarpSize;
+  const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
+  const Sequence sequence(p, at.b);
+
+  char* const of_warps = shared + Queries::kBytes;
+  char* const own = of_warps + warp * kBytes;
+  const uint32_t table = shared_address(shared), region = shared_address(own);
+  const uint32_t weights = region + tile_bytes(kChannels), staging = weights + weights_bytes(kHeads);
+  // Neighbouring pieces of a sequence go to different blocks: all of them end at the same time.
+  const int first = warp * plan.splits + at.split, step = block_warps * plan.splits;
+  const int words = bitmap_words(p.head_dim);
+  const Share share = sequence.deal(first, step);
+  const Slices key_slices(p.key, at.b, at.kv_head, words, share);
+  const Slices value_slices(p.value, at.b, at.kv_head, words, share);
+  SomeFeed keys(key_slices, staging, lane), values(value_slices, staging + SomeFeed::kStagingBytes, lane);
+  Queries::fill(table, shared_address(of_warps),
+                static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
+                p.q_head_stride, at.heads, p.head_dim);
+  fill_zeros(region, tile_bytes(kChannels), lane);
+  __syncwarp();
+
+  Worker<T, kChannels, kHeads> worker{table,      region + kGuardRows * kTilePitch, weights, p.head_dim, lane,
+                                      score_scale};
+  worker.clear();
+  const DenseWindow key_window(p.k_window, at.b, p.k_window_batch_stride, at.kv_head, p.k_window_head_stride,
+                               p.k_window_token_stride);
+  const DenseWindow value_window(p.v_window, at.b, p.v_window_batch_stride, at.kv_head,
+                                 p.v_window_head_stride, p.v_window_token_stride);
+  for (int i = first; i < sequence.chunks; i += step)
+    worker.chunk(sequence, key_window, value_window, (sequence.first_chunk + i) * kSliceTokens);
+  if (keys.more()) worker.score(keys);
+  while (values.more()) worker.slice(keys, values);
+  wait_copies<0>();
+  worker.finish(own);
+
+  // Merge the warps of the block.
   __syncthreads();
   const Workspace workspace(p.workspace, int64_t{p.batch} * p.q_heads * plan.splits);
   for (int i = threadIdx.x; i < at.heads * p.head_dim; i += blockDim.x) {
     const int h = i / p.head_dim, d = i % p.head_dim;
-    const char* first = shared + Queries::kBytes;
     const auto of_warp = [&](int w) {
-      return reinterpret_cast<const Partial*>(first + w * kBytes + tile_bytes(kChannels))[h];
+      return reinterpret_cast<const Partial*>(of_warps + w * kBytes + tile_bytes(kChannels))[h];
     };
     float maximum = -INFINITY, sum = 0.f, weight = 0.f;
     for (int w = 0; w < block_warps; ++w) maximum = fmaxf(maximum, of_warp(w).maximum);
     for (int w = 0; w < block_warps; ++w) {
       const float factor = rescale(of_warp(w).maximum, maximum);
       weight += of_warp(w).sum * factor;
-      sum += reinterpret_cast<const float*>(first + w * kBytes)[h * kChannels + d] * factor;
+      sum += reinterpret_cast<const float*>(of_warps + w * kBytes)[h * kChannels + d] * factor;
     }
     const int64_t head = at.first_head + h;
     if (plan.splits == 1) {
@@ -255,32 +308,24 @@ __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, 
   }
 }
 
-template <int kChannels>
-constexpr int warp_bytes(int heads) {
-  return heads == 1   ? kWarpBytes<kChannels, 1>
-         : heads == 2 ? kWarpBytes<kChannels, 2>
-         : heads == 4 ? kWarpBytes<kChannels, 4>
-                      : kWarpBytes<kChannels, 8>;
-}
-
-// How these shapes are launched, whatever the dtype.
-cudaError_t plan_for(int batch, int q_heads, int kv_heads, int head_dim, int slices, int window_capacity,
-                     Blocks* blocks, Plan* plan) {
-  const int channels = compiled_channels(head_dim), most_heads = max_heads(channels);
-  const int chunks = (q_heads / kv_heads + most_heads - 1) / most_heads;
-  const int heads = compiled_heads((q_heads / kv_heads + chunks - 1) / chunks);
-  const int fixed = channels == 64 ? kTableBytes<64> : channels == 128 ? kTableBytes<128> : kTableBytes<256>;
-  const int per_warp = channels == 64    ? warp_bytes<64>(heads)
-                       : channels == 128 ? warp_bytes<128>(heads)
-                                         : warp_bytes<256>(heads);
-  MUSTAFAR_CUDA_TRY(size_blocks(fixed, per_warp, max_warps(channels), blocks));
-  const int64_t units = slices + kWindowUnitCost * slices_of(window_capacity);
-  *plan = make_plan(batch, q_heads, kv_heads, most_heads, units, *blocks);
+// How a launch of these shapes is cut, whatever the dtype.
+template <int kChannels, int kHeads>
+cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window_capacity, Blocks* blocks,
+                    Plan* plan) {
+  MUSTAFAR_CUDA_TRY(
+      size_blocks(kTableBytes<kChannels>, kWarpBytes<kChannels, kHeads>, max_warps(kChannels), 1, blocks));
+  const int64_t units = slices + slices_of(window_capacity);
+  *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), units, blocks->teams, blocks->resident);
   return cudaSuccess;
 }
 
 template <class T, int kChannels, int kHeads>
-cudaError_t run(const DecodeAttentionParams& p, const Plan& plan, const Blocks& blocks, cudaStream_t stream) {
+cudaError_t run(const DecodeAttentionParams& p, cudaStream_t stream) {
+  Blocks blocks;
+  Plan plan;
+  MUSTAFAR_CUDA_TRY((prepare<kChannels, kHeads>(p.batch, p.q_heads, p.kv_heads, p.slices, p.window_capacity,
+                                                &blocks, &plan)));
+  if (plan.splits > 1 && !(p.workspace != nullptr && aligned(p.workspace, 16))) return cudaErrorInvalidValue;
   const float log2_e = 1.44269504f;
   MUSTAFAR_CUDA_TRY(
       launch(decode_attention_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan, p.scale * log2_e));
@@ -316,40 +361,28 @@ cudaError_t check(const DecodeAttentionParams& p) {
 int64_t decode_attention_workspace_bytes(int batch, int q_heads, int kv_heads, int head_dim, int slices,
                                          int window_capacity) {
   if (batch == 0 || check_shape(batch, q_heads, kv_heads, head_dim, DType::kFloat16) != cudaSuccess) return 0;
-  Blocks blocks;
-  Plan plan;
-  if (plan_for(batch, q_heads, kv_heads, head_dim, slices, window_capacity, &blocks, &plan) != cudaSuccess)
-    return -1;
-  if (plan.splits == 1) return 0;
-  return int64_t{batch} * q_heads * plan.splits *
-         static_cast<int64_t>(sizeof(Partial) + head_dim * sizeof(float));
+  int splits = 0;
+  const cudaError_t error = dispatch_heads(
+      DType::kFloat16, head_dim, q_heads / kv_heads, MostHeads(), [&](auto, auto channels, auto heads) {
+        Blocks blocks;
+        Plan plan;
+        MUSTAFAR_CUDA_TRY(
+            (prepare<channels, heads>(batch, q_heads, kv_heads, slices, window_capacity, &blocks, &plan)));
+        splits = plan.splits;
+        return cudaSuccess;
+      });
+  if (error != cudaSuccess) return -1;
+  if (splits == 1) return 0;
+  return int64_t{batch} * q_heads * splits * static_cast<int64_t>(sizeof(Partial) + head_dim * sizeof(float));
 }
 
 cudaError_t decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   MUSTAFAR_CUDA_TRY(check(params));
-  Blocks blocks;
-  Plan plan;
-  MUSTAFAR_CUDA_TRY(plan_for(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.slices,
-                             params.window_capacity, &blocks, &plan));
-  if (plan.splits > 1 && !(params.workspace != nullptr && aligned(params.workspace, 16)))
-    return cudaErrorInvalidValue;
-  return dispatch(params.dtype, params.head_dim, [&](auto element, auto channels) {
-    using T = decltype(element);
-    switch (compiled_heads(plan.heads_per_chunk)) {
-      case 1:
-        return run<T, channels, 1>(params, plan, blocks, stream);
-      case 2:
-        return run<T, channels, 2>(params, plan, blocks, stream);
-      case 4:
-        return run<T, channels, 4>(params, plan, blocks, stream);
-      default:
-        if constexpr (max_heads(channels) >= 8)
-          return run<T, channels, 8>(params, plan, blocks, stream);
-        else
-          return cudaErrorInvalidValue;
-    }
-  });
+  return dispatch_heads(params.dtype, params.head_dim, params.q_heads / params.kv_heads, MostHeads(),
+                        [&](auto element, auto channels, auto heads) {
+                          return run<decltype(element), channels, heads>(params, stream);
+                        });
 }
 
 }  // namespace mustafar::cuda

@@ -61,6 +61,14 @@ __device__ __forceinline__ uint32_t leading_zeros(uint32_t bits) {
   return zeros;
 }
 
+// All ones in a register: the compiler cannot tell, where a constant would be loaded anew for every use.
+__device__ __forceinline__ uint32_t opaque_ones() {
+  uint32_t below, rest;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
+  asm("mov.u32 %0, %%lanemask_ge;" : "=r"(rest));
+  return below | rest;
+}
+
 // 2^x: NaN stays NaN, -inf gives 0. Relative error 2^-22, far below half precision.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -1,77 +1,65 @@
+#include "feed.cuh"
 #include "key_scores.h"
 #include "launch.cuh"
-#include "tile.cuh"
+#include "queries.cuh"
 
 namespace mustafar::cuda {
 namespace {
 
-constexpr int kMaxWarps = 12;
-constexpr int kRing = 2;  // 3 and 4 are no faster (measured)
+// Two blocks on an SM, so that one computes while the other starts or ends.
+constexpr int kMaxWarps = 12, kBlocksPerSm = 2;
+constexpr int kRing = 2;  // staged vectors of a row
 template <int kChannels>
-constexpr int kWarpBytes = tile_bytes(kChannels) + RowPair<kChannels / 32, kRing>::kStagingBytes;
+using KeyFeed = Feed<kChannels / 32, kRing, false>;
+struct MostHeads {
+  constexpr int operator()(int /*channels*/) const { return 8; }
+};
 
-// Each warp expands slices of 64 keys into its tile, one after another, and multiplies each by the queries of
-// all heads of the group at once. The next slice's first loads are under way during the product.
-template <class T, int kChannels>
-__global__ void __launch_bounds__(kWarpSize* kMaxWarps)
+// Each warp takes slices of 64 keys one after another, and its lanes score their tokens with all heads of the
+// pass on the non-zeros.
+template <class T, int kChannels, int kHeads>
+__global__ void __launch_bounds__(kWarpSize* kMaxWarps, kBlocksPerSm)
     key_scores_kernel(const __grid_constant__ KeyScoresParams p, const __grid_constant__ Plan plan) {
-  constexpr int kWords = kChannels / 32;
+  using Queries = QueryTable<T, kChannels, kHeads>;
   extern __shared__ __align__(16) char shared[];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int g = lane / 4, q = lane % 4;
-
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
-  const uint32_t region = shared_address(shared) + warp * kWarpBytes<kChannels>;
-  const uint32_t tile = region + kGuardRows * kTilePitch;
-  fill_zeros(region, tile_bytes(kChannels), lane);
-  KeyProduct<T, kChannels> product;
-  const T* queries = static_cast<const T*>(p.q) + at.b * p.q_batch_stride;
-  product.load_queries(g < at.heads ? queries + (at.first_head + g) * p.q_head_stride : nullptr, p.head_dim,
-                       lane);
-  T* scores = static_cast<T*>(p.scores) + at.b * p.scores_batch_stride + at.first_head * p.scores_head_stride;
-  __syncwarp();
-
-  const int words = bitmap_words(p.head_dim);
-  const int slices = slices_of(p.tokens);
-  const int block_warps = blockDim.x / kWarpSize, warps = plan.splits * block_warps;
-  int slice = at.split * block_warps + warp;
-  RowPair<kWords, kRing> rows(region + tile_bytes(kChannels), lane);
-  Location next;
-  const bool visible[kRowsPerLane] = {true, true};
-  const auto begin = [&](const Location& location, int index) {
-    rows.begin(slice_rows(p.key, location, at.b, at.kv_head, index, words), visible, words, lane);
-    commit_copies();
-  };
-  if (slice < slices) begin(locate(p.key, at.b, at.kv_head, slice), slice);
-  for (; slice < slices; slice += warps) {
-    const bool more = slice + warps < slices;
-    if (more) next = locate(p.key, at.b, at.kv_head, slice + warps);
-    wait_copies<0>();
-    expand(rows, tile, p.head_dim, words, lane);
-    if (more) begin(next, slice + warps);
-    __syncwarp();
-    product.multiply(tile, p.head_dim, lane);
-    __syncwarp();
-    fill_zeros(tile, kChannels * kTilePitch, lane);
-    __syncwarp();
+  const int block_warps = blockDim.x / kWarpSize;
+  const Slices slices(p.key, at.b, at.kv_head, bitmap_words(p.head_dim),
+                      {at.split * block_warps + warp, static_cast<int32_t>(slices_of(p.tokens)),
+                       plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
+  const uint32_t table = shared_address(shared), scratch = table + Queries::kBytes;
+  const uint32_t staging = scratch + Queries::kScratchBytes;
+  KeyFeed<kChannels> feed(slices, staging + warp * KeyFeed<kChannels>::kStagingBytes, lane);
+  Queries::fill(table, scratch,
+                static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
+                p.q_head_stride, at.heads, p.head_dim);
+  T* out = static_cast<T*>(p.scores) + at.b * p.scores_batch_stride + at.first_head * p.scores_head_stride;
+  for (; feed.more(); feed.end()) {
+    Scores<Queries, kHeads> scores;
+    score_slice(feed, table, p.head_dim, lane, scores);
 #pragma unroll
-    for (int tokens = 0; tokens < KeyProduct<T, kChannels>::kTokenBlocks; ++tokens)
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      const int64_t token = int64_t{feed.slice()} * kSliceTokens + lane + r * kWarpSize;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int head = 2 * q + i % 2;
-        const int64_t token = int64_t{slice} * kSliceTokens + 8 * tokens + g + i / 2 * kWarpSize;
-        if (head < at.heads && token < p.tokens)
-          scores[head * p.scores_head_stride + token] = Half<T>::round(product.scores[tokens][i]);
-      }
+      for (int h = 0; h < kHeads; ++h)
+        if (h < at.heads && token < p.tokens)
+          out[h * p.scores_head_stride + token] = Half<T>::round(scores.of[r][h]);
+    }
   }
+  wait_copies<0>();
 }
 
-template <class T, int kChannels>
+template <class T, int kChannels, int kHeads>
 cudaError_t run(const KeyScoresParams& p, cudaStream_t stream) {
   Blocks blocks;
-  MUSTAFAR_CUDA_TRY(size_blocks(0, kWarpBytes<kChannels>, kMaxWarps, &blocks));
-  const Plan plan = make_plan(p.batch, p.q_heads, p.kv_heads, kMmaColumns, slices_of(p.tokens), blocks);
-  return launch(key_scores_kernel<T, kChannels>, plan, blocks, stream, p, plan);
+  using Queries = QueryTable<T, kChannels, kHeads>;
+  MUSTAFAR_CUDA_TRY(size_blocks(Queries::kBytes + Queries::kScratchBytes, KeyFeed<kChannels>::kStagingBytes,
+                                kMaxWarps, 1, &blocks));
+  const Plan plan = make_plan(p.batch, p.q_heads, p.kv_heads, MostHeads()(kChannels), slices_of(p.tokens),
+                              blocks.teams, std::min<int64_t>(blocks.resident, kBlocksPerSm * blocks.sms));
+  return launch(key_scores_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan);
 }
 
 }  // namespace
@@ -80,15 +68,14 @@ cudaError_t key_scores(const KeyScoresParams& params, cudaStream_t stream) {
   if (params.batch == 0 || params.tokens == 0) return cudaSuccess;
   MUSTAFAR_CUDA_TRY(
       check_shape(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.dtype));
-  if (params.tokens < 0 || params.tokens > int64_t{params.slices} * kSliceTokens)
+  if (params.tokens < 0 || params.tokens > int64_t{params.slices} * kSliceTokens ||
+      params.tokens > INT32_MAX - kSliceTokens)
     return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(check_view(params.key, params.batch, params.kv_heads, params.slices));
-  if (!aligned(params.q, 16) || !aligned_stride(params.q_batch_stride, params.batch) ||
-      !aligned_stride(params.q_head_stride, params.q_heads))
-    return cudaErrorMisalignedAddress;
-  return dispatch(params.dtype, params.head_dim, [&](auto element, auto channels) {
-    return run<decltype(element), channels>(params, stream);
-  });
+  return dispatch_heads(params.dtype, params.head_dim, params.q_heads / params.kv_heads, MostHeads(),
+                        [&](auto element, auto channels, auto heads) {
+                          return run<decltype(element), channels, heads>(params, stream);
+                        });
 }
 
 }  // namespace mustafar::cuda

@@ -21,24 +21,26 @@ namespace mustafar::cuda {
     if (error_ != cudaSuccess) return error_; \
   } while (0)
 
-// Blocks of a kernel that needs `fixed` bytes of shared memory and `per_warp` for each warp: as many warps as
-// the current device has room for, on sm_86 and sm_89 within 99 KB.
+// Blocks of a kernel whose work is dealt to teams of `team_warps` warps, with `fixed` bytes of shared memory
+// and `per_team` for each team: as many teams as the current device has room for, on sm_86 and sm_89 within
+// 99 KB.
 struct Blocks {
-  int warps, shared_bytes;
-  int64_t resident;  // on the device at once
+  int teams, threads, shared_bytes, sms;
+  int64_t resident;  // as many as shared memory lets be on the device at once
 };
 
-inline cudaError_t size_blocks(int fixed, int per_warp, int most_warps, Blocks* blocks) {
+inline cudaError_t size_blocks(int fixed, int per_team, int most_teams, int team_warps, Blocks* blocks) {
   constexpr int kReservedBytes = 1024;  // of shared memory per block, taken by CUDA
-  int device, sms, block_bytes, sm_bytes;
+  int device, block_bytes, sm_bytes;
   MUSTAFAR_CUDA_TRY(cudaGetDevice(&device));
-  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&blocks->sms, cudaDevAttrMultiProcessorCount, device));
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  blocks->warps = std::min((block_bytes - fixed) / per_warp, most_warps);
-  if (blocks->warps < 1) return cudaErrorInvalidConfiguration;
-  blocks->shared_bytes = fixed + blocks->warps * per_warp;
-  blocks->resident = int64_t{sms} * std::max(1, sm_bytes / (blocks->shared_bytes + kReservedBytes));
+  blocks->teams = std::min((block_bytes - fixed) / per_team, most_teams);
+  if (blocks->teams < 1) return cudaErrorInvalidConfiguration;
+  blocks->threads = blocks->teams * team_warps * kWarpSize;
+  blocks->shared_bytes = fixed + blocks->teams * per_team;
+  blocks->resident = int64_t{blocks->sms} * std::max(1, sm_bytes / (blocks->shared_bytes + kReservedBytes));
   return cudaSuccess;
 }
 
@@ -46,12 +48,12 @@ constexpr int kMaxSplits = 256;
 // What a block costs beside its slices, in slices of one warp: tables, merging, the combining kernel.
 constexpr int kSplitOverhead = 3;
 
-// `heads` query heads share a pass. Splits every problem of `units` slices so that the
-// blocks come in whole waves of `resident` blocks, at the least estimated time. 3 or 6 splits where 4 or 8
-// fill the GPU cost 30 % (measured).
-inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, const Blocks& blocks) {
+// `heads` query heads share a pass. Splits every problem of `units` slices, dealt to the `warps` of each
+// block, so that the blocks come in whole waves of `resident` blocks, at the least estimated time. 3 or 6
+// splits where 4 or 8 fill the GPU cost 30 % (measured).
+inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, int64_t warps,
+                      int64_t resident) {
   Plan plan;
-  const int64_t warps = blocks.warps;
   const int group = q_heads / kv_heads;
   plan.chunks = (group + heads - 1) / heads;
   plan.heads_per_chunk = (group + plan.chunks - 1) / plan.chunks;
@@ -60,7 +62,7 @@ inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t u
   int64_t best = INT64_MAX;
   plan.splits = 1;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t waves = (work * splits + blocks.resident - 1) / blocks.resident;
+    const int64_t waves = (work * splits + resident - 1) / resident;
     const int64_t time = waves * ((units + warps * splits - 1) / (warps * splits) + kSplitOverhead);
     if (time < best) best = time, plan.splits = static_cast<int32_t>(splits);
   }
@@ -75,8 +77,7 @@ cudaError_t launch(void (*kernel)(KernelArgs...), const Plan& plan, const Blocks
   if (plan.blocks > INT32_MAX) return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, blocks.shared_bytes));
-  kernel<<<static_cast<unsigned>(plan.blocks), blocks.warps * kWarpSize, blocks.shared_bytes, stream>>>(
-      args...);
+  kernel<<<static_cast<unsigned>(plan.blocks), blocks.threads, blocks.shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 }
 
@@ -120,6 +121,29 @@ cudaError_t dispatch(DType dtype, int head_dim, const Run& run) {
     }
   };
   return dtype == DType::kFloat16 ? with(__half()) : with(__nv_bfloat16());
+}
+
+// Heads of a pass that a kernel is compiled for.
+constexpr int compiled_heads(int heads) { return heads <= 1 ? 1 : heads <= 2 ? 2 : heads <= 4 ? 4 : 8; }
+
+// The same with the query heads of a pass, std::integral_constant 1, 2, 4 or 8: at most MostHeads()(channels)
+// of the group's.
+template <class MostHeads, class Run>
+cudaError_t dispatch_heads(DType dtype, int head_dim, int group, MostHeads, const Run& run) {
+  return dispatch(dtype, head_dim, [&](auto element, auto channels) {
+    constexpr int kMost = MostHeads()(decltype(channels)::value);
+    const int chunks = (group + kMost - 1) / kMost;
+    switch (compiled_heads((group + chunks - 1) / chunks)) {
+      case 1:
+        return run(element, channels, std::integral_constant<int, 1>());
+      case 2:
+        return run(element, channels, std::integral_constant<int, 2>());
+      case 4:
+        return run(element, channels, std::integral_constant<int, 4>());
+      default:
+        return run(element, channels, std::integral_constant<int, kMost>());
+    }
+  });
 }
 
 }  // namespace mustafar::cuda

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "feed.cuh"
 #include "half.cuh"
 #include "rows.cuh"
 #include "shared.cuh"
@@ -17,13 +18,15 @@ namespace mustafar::cuda {
 // leave room for tiles.
 template <class T, int kChannels, int kHeads>
 struct QueryTable {
+  using Element = T;
   static constexpr int kPitch = kChannels == 256 ? 64 : 128;
   static constexpr int kBytes = table_bytes(kChannels, kPitch);
   static constexpr bool kFloat = kHeads <= 4;
   static constexpr int kEntryWords = kFloat ? kHeads : kHeads / 2;
   static constexpr int kEntryBytes = 4 * kEntryWords;
+  static constexpr int kScratchBytes = kEntryBytes * kChannels;  // for fill()
 
-  // By the whole block; ends with a barrier. `scratch` is room for kHeads x head_dim words. Rows before and
+  // By the whole block; ends with a barrier. Rows before and
   // after the channels are zeros.
   static __device__ __forceinline__ void fill(uint32_t table, uint32_t scratch, const T* queries,
                                               int64_t head_stride, int heads, int head_dim) {
@@ -62,18 +65,54 @@ struct QueryTable {
     return kGuardRows * kPitch + lane % (kPitch / kEntryBytes) * kEntryBytes;
   }
 
-  // sums[head] += query[head][channel at address] * key
-  static __device__ __forceinline__ void add(float (&sums)[kHeads], uint32_t address, float key) {
+  // query[head][channel at address] of every head
+  static __device__ __forceinline__ void read(uint32_t address, float (&queries)[kHeads]) {
     uint32_t entry[kEntryWords];
     load(address, entry);
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      const float query = kFloat       ? __uint_as_float(entry[h])
-                          : h % 2 == 0 ? Half<T>::low(entry[h / 2])
-                                       : Half<T>::high(entry[h / 2]);
-      sums[h] = fmaf(query, key, sums[h]);
-    }
+    for (int h = 0; h < kHeads; ++h)
+      queries[h] = kFloat       ? __uint_as_float(entry[h])
+                   : h % 2 == 0 ? Half<T>::low(entry[h / 2])
+                                : Half<T>::high(entry[h / 2]);
+  }
+
+  // sums[head] += query[head][channel at address] * key
+  static __device__ __forceinline__ void add(float (&sums)[kHeads], uint32_t address, float key) {
+    float queries[kHeads];
+    read(address, queries);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) sums[h] = fmaf(queries[h], key, sums[h]);
   }
 };
+
+// Scores of a lane's two tokens with every head: the visit of a walk over a query table.
+template <class Queries, int kHeads>
+struct Scores {
+  using T = typename Queries::Element;
+  float of[kRowsPerLane][kHeads];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r)
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) of[r][h] = 0.f;
+  }
+  __device__ __forceinline__ void operator()(int row, uint32_t address, uint32_t pair, bool high) {
+    Queries::add(of[row], address, high ? Half<T>::high(pair) : Half<T>::low(pair));
+  }
+};
+template <class Queries, int kWords>
+using QueryWalk = Walk<kWords, Queries::kPitch, 0>;
+
+// scores = query . key of the lane's two tokens of the feed's slice.
+template <class Queries, class SomeFeed, int kHeads>
+__device__ __forceinline__ void score_slice(SomeFeed& feed, uint32_t table, int head_dim, int lane,
+                                            Scores<Queries, kHeads>& scores) {
+  QueryWalk<Queries, SomeFeed::kBitmapWords> walk(table + Queries::column(lane), head_dim);
+  scores.clear();
+  feed.begin(walk, head_dim);
+  visit_all(Tour{feed, walk, scores});
+  feed.finish(walk, head_dim, [&] { scores.clear(); }, scores);
+}
 
 }  // namespace mustafar::cuda

@@ -1,10 +1,10 @@
-// The dense tile of a slice in shared memory, and the tensor-core products with it: "load compressed, compute
+// The dense tile of a slice in shared memory, and the tensor-core product with it: "load compressed, compute
 // dense". A warp owns its tile, so nothing here synchronises more than a warp.
 //
 // Layout: one row of 128 bytes a channel, [channel][32 words]; word l holds token l (low half) and token l +
 // 32 (high half). Lane l scatters its two tokens' values into column l, so the bank of a store depends on the
 // lane alone and no scatter ever conflicts, whatever the channels are. The reading side pays for it: rows are
-// 128 bytes apart, so a plain fragment load would be an 8-way conflict, and the products below read skewed.
+// 128 bytes apart, so a plain fragment load would be an 8-way conflict, and the product below reads skewed.
 #pragma once
 
 #include <cstdint>
@@ -29,23 +29,21 @@ struct Scatter {
     store16(address, high ? pair >> 16 : pair);
   }
 };
-template <class Rows>
-using TileWalk = Walk<kTilePitch, 2, Rows>;
+template <int kWords>
+using TileWalk = Walk<kWords, kTilePitch, 2>;
 
-// Scatters a slice to the tile, which is all zeros. The copies of rows.begin() have been waited for.
-template <class Rows>
-__device__ __forceinline__ void expand(const Rows& rows, uint32_t tile, int head_dim, int bitmap_words,
-                                       int lane) {
-  TileWalk<Rows> walk(rows, tile_column(tile, lane), head_dim, bitmap_words);
-  Scatter scatter;
-  walk_from(0, 0, walk, scatter);
-  walk.finish([] {}, scatter);
+// Stores 8 channels of a lane's two tokens, from the column of the first.
+__device__ __forceinline__ void store_column(uint32_t column, const uint4& first, const uint4& second) {
+  const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
+#pragma unroll
+  for (int i = 0; i < kVectorValues; ++i)
+    store32(column + i * kTilePitch, __byte_perm(a[i / 2], b[i / 2], i % 2 == 0 ? 0x5410 : 0x7632));
 }
 
 // Weights of a slice: for each head 32 words, the weights of tokens l and l + 32, in the order in which
-// ValueProduct loads them, and once more with neighbours swapped. 16 bytes more keep two heads' rows on
-// different banks.
-constexpr int kWeightsPitch = 2 * 128 + 16;
+// ValueProduct loads them, and once more with neighbours swapped. Odd heads have the two vectors of 16 bytes
+// of each thread the other way round, so that two heads' rows lie on different banks.
+constexpr int kWeightsPitch = 2 * 128;
 __host__ __device__ constexpr int weights_bytes(int heads) { return heads * kWeightsPitch; }
 // Where lane l's word lies in the first copy. Thread q loads words (4q, 4q + 16, 4q + 1, 4q + 17) as one
 // vector and (4q + 2, 4q + 18, 4q + 3, 4q + 19) as the next.
@@ -53,9 +51,9 @@ __device__ __forceinline__ uint32_t weight_column(int lane) {
   return (lane % 16 / 4 * 8 + lane % 4 / 2 * 4 + lane % 2 * 2 + lane / 16) * 4;
 }
 __device__ __forceinline__ void store_weight(uint32_t weights, int head, uint32_t pair, int lane) {
-  const uint32_t row = weights + head * kWeightsPitch;
-  store32(row + weight_column(lane), pair);
-  store32(row + 128 + (weight_column(lane) ^ 4), pair);
+  const uint32_t row = weights + head * kWeightsPitch, column = weight_column(lane) ^ (head % 2 * 16);
+  store32(row + column, pair);
+  store32(row + 128 + (column ^ 4), pair);
 }
 
 // sum[head][channel] += over the slice's tokens of weights[head][token] * tile[channel][token].
@@ -94,7 +92,8 @@ struct ValueProduct {
     uint32_t a[4][4];
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-      load(weights + g % kHeads * kWeightsPitch + step / 2 * 128 + q * 32 + step % 2 * 16, a[step]);
+      load(weights + g % kHeads * kWeightsPitch + step / 2 * 128 + q * 32 + (step % 2 ^ g % kHeads % 2) * 16,
+           a[step]);
     const uint32_t first_half = tile + g * kTilePitch + g % 2 * 64 + q * 16;
     const uint32_t second_half = tile + g * kTilePitch + (1 - g % 2) * 64 + q * 16;
     constexpr int kAtOnce =
@@ -131,76 +130,6 @@ struct ValueProduct {
       out[g * kChannels + block * kMmaColumns + 2 * q] = sum[block][0];
       out[g * kChannels + block * kMmaColumns + 2 * q + 1] = sum[block][3];
     }
-  }
-};
-
-// scores[token][head] = over channels, tile[channel][token] * queries[head][channel].
-//
-// mma rows are tokens, columns are heads, the depth runs over channels. Thread (g, q) must feed tokens of row
-// g with the channels of q: 4 threads would read one bank. So at load i thread q reads the words of token
-// block (q + i) % 4 (tokens 8 block + g), all 32 words of a row at once, and the four blocks are rotated into
-// place.
-template <class T, int kChannels>
-struct KeyProduct {
-  static constexpr int kSteps = kChannels / kMmaDepth;
-  static constexpr int kTokenBlocks = 4;
-  uint32_t queries[kSteps][2];    // head g, channels 16 step + 4 q + 0..3
-  float scores[kTokenBlocks][4];  // [block][i]: token 8 block + g + 32 (i / 2), head 2 q + i % 2
-
-  // q of head g; null for a column without a head. Rows are aligned to 8 bytes.
-  __device__ __forceinline__ void load_queries(const T* head, int head_dim, int lane) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int channel = step * kMmaDepth + lane % 4 * 4;
-      const bool held = head != nullptr && channel < head_dim;
-      const uint2 words = held ? __ldg(reinterpret_cast<const uint2*>(head + channel)) : make_uint2(0, 0);
-      queries[step][0] = words.x, queries[step][1] = words.y;
-    }
-  }
-
-  // The caller puts a __syncwarp() before and after, and clears the tile.
-  __device__ __forceinline__ void multiply(uint32_t tile, int head_dim, int lane) {
-    const int g = lane / 4, q = lane % 4;
-    uint32_t from[kTokenBlocks];
-#pragma unroll
-    for (int i = 0; i < kTokenBlocks; ++i) {
-      from[i] = tile + q * 4 * kTilePitch + ((q + i) % kTokenBlocks * 8 + g) * 4;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) scores[i][j] = 0.f;
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step * kMmaDepth >= head_dim) break;
-      uint32_t words[4][kTokenBlocks];  // [channel][load]
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-#pragma unroll
-        for (int i = 0; i < kTokenBlocks; ++i) {
-          load(from[i] + (step * kMmaDepth + c) * kTilePitch, words[c][i]);
-        }
-        rotate(words[c], q);
-      }
-#pragma unroll
-      for (int i = 0; i < kTokenBlocks; ++i)
-        Half<T>::mma(scores[i], low_pair(words[0][i], words[1][i]), high_pair(words[0][i], words[1][i]),
-                     low_pair(words[2][i], words[3][i]), high_pair(words[2][i], words[3][i]),
-                     queries[step][0], queries[step][1]);
-    }
-  }
-
- private:
-  static __device__ __forceinline__ uint32_t low_pair(uint32_t a, uint32_t b) {
-    return __byte_perm(a, b, 0x5410);
-  }
-  static __device__ __forceinline__ uint32_t high_pair(uint32_t a, uint32_t b) {
-    return __byte_perm(a, b, 0x7632);
-  }
-  // to[block] = words[(block - q) % 4]
-  static __device__ __forceinline__ void rotate(uint32_t (&words)[4], int q) {
-    const bool one = q & 1, two = q & 2;
-    const uint32_t a = one ? words[3] : words[0], b = one ? words[0] : words[1];
-    const uint32_t c = one ? words[1] : words[2], d = one ? words[2] : words[3];
-    words[0] = two ? c : a, words[1] = two ? d : b, words[2] = two ? a : c, words[3] = two ? b : d;
   }
 };
 

@@ -1,3 +1,4 @@
+#include "feed.cuh"
 #include "launch.cuh"
 #include "tile.cuh"
 #include "value_output.h"
@@ -5,68 +6,69 @@
 namespace mustafar::cuda {
 namespace {
 
-constexpr int kHeads = 8;  // of a pass: rows of the mma
-constexpr int kRing = 2;   // 3 and 4 are no faster (measured)
-constexpr int max_warps(int channels) { return channels == 256 ? 8 : 12; }
+struct MostHeads {  // of a pass: rows of the mma
+  constexpr int operator()(int /*channels*/) const { return 8; }
+};
+constexpr int kRing = 2;  // staged vectors of a row
+constexpr int max_warps(int channels) { return channels == 256 ? 6 : 10; }
 template <int kChannels>
+using ValueFeed = Feed<kChannels / 32, kRing, true>;
+template <int kChannels, int kHeads>
 constexpr int kWarpBytes =
-    tile_bytes(kChannels) + weights_bytes(kHeads) + RowPair<kChannels / 32, kRing>::kStagingBytes;
+    tile_bytes(kChannels) + weights_bytes(kHeads) + ValueFeed<kChannels>::kStagingBytes;
 
 // Each warp expands slices of 64 values into its tile, one after another, and multiplies each by the
-// probabilities of all heads of the group at once. The block adds up its warps; `partial` holds the sums of
+// probabilities of all heads of the pass at once. The block adds up its warps; `partial` holds the sums of
 // each split, [B, H, splits, D], unless there is one split.
-template <class T, int kChannels>
+template <class T, int kChannels, int kHeads>
 __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
     value_output_kernel(const __grid_constant__ ValueOutputParams p, const __grid_constant__ Plan plan) {
-  constexpr int kWords = kChannels / 32, kBytes = kWarpBytes<kChannels>;
+  constexpr int kBytes = kWarpBytes<kChannels, kHeads>;
   extern __shared__ __align__(16) char shared[];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
-
   const int block_warps = blockDim.x / kWarpSize;
   char* const own = shared + warp * kBytes;
   const uint32_t region = shared_address(own);
-  const uint32_t tile = region + kGuardRows * kTilePitch;
-  const uint32_t weights = region + tile_bytes(kChannels);
-  fill_zeros(region, kBytes, lane);
-  ValueProduct<T, kChannels, kHeads> product;
-  product.clear();
+  const uint32_t tile = region + kGuardRows * kTilePitch, weights = region + tile_bytes(kChannels);
+
+  const Slices slices(p.value, at.b, at.kv_head, bitmap_words(p.head_dim),
+                      {at.split * block_warps + warp, static_cast<int32_t>(slices_of(p.tokens)),
+                       plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
+  ValueFeed<kChannels> feed(slices, weights + weights_bytes(kHeads), lane);
   const uint16_t* probabilities =
       static_cast<const uint16_t*>(p.p) + at.b * p.p_batch_stride + at.first_head * p.p_head_stride;
-  __syncwarp();
-
-  const int words = bitmap_words(p.head_dim);
-  const int slices = slices_of(p.tokens), stride = plan.splits * block_warps;
-  RowPair<kWords, kRing> rows(weights + weights_bytes(kHeads), lane);
-  const auto begin = [&](const Location& location, int index) {
-    const int64_t token = int64_t{index} * kSliceTokens + lane;
-    const bool visible[kRowsPerLane] = {token < p.tokens, token + kWarpSize < p.tokens};
-    rows.begin(slice_rows(p.value, location, at.b, at.kv_head, index, words), visible, words, lane);
-    commit_copies();
-  };
-  int slice = at.split * block_warps + warp;
-  Location next;
-  if (slice < slices) begin(locate(p.value, at.b, at.kv_head, slice), slice);
-  for (; slice < slices; slice += stride) {
-    const bool more = slice + stride < slices;
-    if (more) next = locate(p.value, at.b, at.kv_head, slice + stride);
+  uint32_t pairs[kHeads];  // of the lane's two tokens of a slice
+  const auto load_pairs = [&](int slice) {
+    const int64_t token = int64_t{slice} * kSliceTokens + lane;
 #pragma unroll
-    for (int head = 0; head < kHeads; ++head) {
-      const uint16_t* from = probabilities + head * p.p_head_stride + int64_t{slice} * kSliceTokens + lane;
-      uint32_t pair = 0;
-      if (head < at.heads && rows.visible[0]) pair = __ldg(from);
-      if (head < at.heads && rows.visible[1]) pair |= uint32_t{__ldg(from + kWarpSize)} << 16;
-      store_weight(weights, head, pair, lane);
+    for (int h = 0; h < kHeads; ++h) {
+      const uint16_t* from = probabilities + h * p.p_head_stride + token;
+      pairs[h] = h < at.heads && token < p.tokens ? __ldg(from) : 0;
+      if (h < at.heads && token + kWarpSize < p.tokens) pairs[h] |= uint32_t{__ldg(from + kWarpSize)} << 16;
     }
-    wait_copies<0>();
-    expand(rows, tile, p.head_dim, words, lane);
-    if (more) begin(next, slice + stride);
+  };
+  if (feed.more()) load_pairs(feed.slice());
+  fill_zeros(region, tile_bytes(kChannels), lane);
+  ValueProduct<T, kChannels, kHeads> product;
+  product.clear();
+  __syncwarp();
+  Scatter scatter;
+  for (; feed.more(); feed.end()) {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) store_weight(weights, h, pairs[h], lane);
+    load_pairs(feed.slice() + slices.stride);
+    TileWalk<ValueFeed<kChannels>::kBitmapWords> walk(tile_column(tile, lane), p.head_dim);
+    feed.begin(walk, p.head_dim);
+    visit_all(Tour{feed, walk, scatter});
+    feed.finish(walk, p.head_dim, [] {}, scatter);
     __syncwarp();
     product.add(tile, weights, p.head_dim, lane);
     __syncwarp();
   }
+  wait_copies<0>();
 
-  __syncwarp();
   product.store(reinterpret_cast<float*>(own), lane);
   __syncthreads();
   for (int i = threadIdx.x; i < at.heads * p.head_dim; i += blockDim.x) {
@@ -98,51 +100,60 @@ __global__ void combine_kernel(const __grid_constant__ ValueOutputParams p, int 
   }
 }
 
-// How these shapes are launched, whatever the dtype.
-cudaError_t plan_for(int batch, int q_heads, int kv_heads, int head_dim, int slices, Blocks* blocks,
-                     Plan* plan) {
-  const int channels = compiled_channels(head_dim);
-  const int bytes = channels == 64 ? kWarpBytes<64> : channels == 128 ? kWarpBytes<128> : kWarpBytes<256>;
-  MUSTAFAR_CUDA_TRY(size_blocks(0, bytes, max_warps(channels), blocks));
-  *plan = make_plan(batch, q_heads, kv_heads, kHeads, slices, *blocks);
+// How a launch of these shapes is cut.
+template <int kChannels, int kHeads>
+cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, Blocks* blocks, Plan* plan) {
+  MUSTAFAR_CUDA_TRY(size_blocks(0, kWarpBytes<kChannels, kHeads>, max_warps(kChannels), 1, blocks));
+  *plan =
+      make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), slices, blocks->teams, blocks->resident);
   return cudaSuccess;
 }
 
-template <class T, int kChannels>
-cudaError_t run(const ValueOutputParams& p, const Plan& plan, const Blocks& blocks, cudaStream_t stream) {
-  MUSTAFAR_CUDA_TRY(launch(value_output_kernel<T, kChannels>, plan, blocks, stream, p, plan));
+template <class T, int kChannels, int kHeads>
+cudaError_t run(const ValueOutputParams& p, cudaStream_t stream) {
+  Blocks blocks;
+  Plan plan;
+  MUSTAFAR_CUDA_TRY((prepare<kChannels, kHeads>(p.batch, p.q_heads, p.kv_heads, p.slices, &blocks, &plan)));
+  if (plan.splits > 1 && !(p.workspace != nullptr && aligned(p.workspace, 16))) return cudaErrorInvalidValue;
+  MUSTAFAR_CUDA_TRY(launch(value_output_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan));
   if (plan.splits == 1) return cudaSuccess;
   combine_kernel<T><<<p.batch * p.q_heads, std::min(kChannels, 128), 0, stream>>>(p, plan.splits);
   return cudaGetLastError();
 }
 
+// Up to 4 heads take the kernel for 4: fewer save nothing.
+constexpr int kernel_heads(int heads) { return heads <= 4 ? 4 : 8; }
+
 }  // namespace
 
 int64_t value_output_workspace_bytes(int batch, int q_heads, int kv_heads, int head_dim, int slices) {
-  if (batch == 0) return 0;
-  Blocks blocks;
-  Plan plan;
-  if (check_shape(batch, q_heads, kv_heads, head_dim, DType::kFloat16) != cudaSuccess) return 0;
-  if (plan_for(batch, q_heads, kv_heads, head_dim, slices, &blocks, &plan) != cudaSuccess) return -1;
-  return plan.splits == 1 ? 0 : int64_t{batch} * q_heads * plan.splits * head_dim * int64_t{sizeof(float)};
+  if (batch == 0 || check_shape(batch, q_heads, kv_heads, head_dim, DType::kFloat16) != cudaSuccess) return 0;
+  int splits = 0;
+  const cudaError_t error = dispatch_heads(
+      DType::kFloat16, head_dim, q_heads / kv_heads, MostHeads(), [&](auto, auto channels, auto heads) {
+        Blocks blocks;
+        Plan plan;
+        MUSTAFAR_CUDA_TRY(
+            (prepare<channels, kernel_heads(heads)>(batch, q_heads, kv_heads, slices, &blocks, &plan)));
+        splits = plan.splits;
+        return cudaSuccess;
+      });
+  if (error != cudaSuccess) return -1;
+  return splits == 1 ? 0 : int64_t{batch} * q_heads * splits * head_dim * int64_t{sizeof(float)};
 }
 
 cudaError_t value_output(const ValueOutputParams& params, cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   MUSTAFAR_CUDA_TRY(
       check_shape(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.dtype));
-  if (params.tokens < 0 || params.tokens > int64_t{params.slices} * kSliceTokens)
+  if (params.tokens < 0 || params.tokens > int64_t{params.slices} * kSliceTokens ||
+      params.tokens > INT32_MAX - kSliceTokens)
     return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(check_view(params.value, params.batch, params.kv_heads, params.slices));
-  Blocks blocks;
-  Plan plan;
-  MUSTAFAR_CUDA_TRY(plan_for(params.batch, params.q_heads, params.kv_heads, params.head_dim, params.slices,
-                             &blocks, &plan));
-  if (plan.splits > 1 && !(params.workspace != nullptr && aligned(params.workspace, 16)))
-    return cudaErrorInvalidValue;
-  return dispatch(params.dtype, params.head_dim, [&](auto element, auto channels) {
-    return run<decltype(element), channels>(params, plan, blocks, stream);
-  });
+  return dispatch_heads(params.dtype, params.head_dim, params.q_heads / params.kv_heads, MostHeads(),
+                        [&](auto element, auto channels, auto heads) {
+                          return run<decltype(element), channels, kernel_heads(heads)>(params, stream);
+                        });
 }
 
 }  // namespace mustafar::cuda
