@@ -296,7 +296,7 @@ __device__ __forceinline__ void visit(bool dense, int vector, int until, Tours..
   constexpr int kShortFrom = kShorter * 32 / kVectorValues;
   while (vector < until) {
     const int left[] = {tours.feed.left()...};
-    int stop = min(until, vector + min(left[0], left[sizeof...(Tours) - 1]));
+    int stop = vector + min(until - vector, min(left[0], left[sizeof...(Tours) - 1]));
     if (!dense) {
       visit_vectors<false, kWords>(vector, stop, tours...);
     } else if (vector < kShortFrom) {
