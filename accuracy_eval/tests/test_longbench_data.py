@@ -7,7 +7,8 @@ import zipfile
 
 import pytest
 from benchmarks.longbench import data, prompts, tasks
-from benchmarks.longbench.errors import UserError
+from benchmarks.shared.chat import resolve_chat_template, with_chat_template
+from benchmarks.shared.errors import UserError
 from longbench_helpers import make_rows, make_tokenizer, write_jsonl
 
 TASKS = tasks.longbench_tasks()
@@ -101,7 +102,7 @@ def test_long_prompts_lose_their_middle(limit, expected):
     ],
 )
 def test_chat_templates_by_name(model, expected):
-    assert prompts.resolve_chat_template("auto", model, make_tokenizer()) == expected
+    assert resolve_chat_template("auto", model, make_tokenizer()) == expected
 
 
 def test_chat_template_comes_after_truncation_and_not_for_every_data_set():
@@ -117,12 +118,12 @@ def test_chat_template_comes_after_truncation_and_not_for_every_data_set():
     # <s> w1 ... w9 is 10 tokens: 3 of each end, without the special token, which encoding adds again
     assert text(plain, "model") == "<s> w1 <unk> w8 w9"
     assert text(chat, "model").startswith("<s> <user> w1") and text(chat, "model").endswith("w9 <bot>")
-    assert prompts.with_chat_template("x", "llama2", None) == "[INST]x[/INST]"
+    assert with_chat_template("x", "llama2", None) == "[INST]x[/INST]"
 
 
 def test_a_missing_chat_template_is_an_error():
     with pytest.raises(UserError, match="--chat_template none"):
-        prompts.resolve_chat_template("auto", "Llama-3-Instruct", Letters())
+        resolve_chat_template("auto", "Llama-3-Instruct", Letters())
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):

@@ -10,9 +10,11 @@ import sys
 import time
 
 import pytest
-from benchmarks.longbench import generation, models, predict, settings, store
-from benchmarks.longbench.errors import UserError
+from benchmarks.longbench import predict, settings
+from benchmarks.longbench.generation import Predictor
 from benchmarks.longbench.tasks import Task
+from benchmarks.shared import generation, models, options, store
+from benchmarks.shared.errors import UserError
 from longbench_helpers import ACCURACY_EVAL, make_model, make_rows, make_tokenizer, read_jsonl, write_jsonl
 
 TASK = {"prompt": "{context} {input}", "max_new_tokens": 4, "metric": "qa_f1", "chat": True}
@@ -111,14 +113,14 @@ def test_batches_give_the_rows_their_own_predictions(run):
 
 
 def test_the_folders_name_says_what_is_not_the_default(model):
-    def name(*options):
-        args = settings.parser().parse_args(["0.5", "0.70", "x", *options])
-        run = settings.Settings(
+    def name(*arguments):
+        args = settings.parser().parse_args(["0.5", "0.70", "x", *arguments])
+        run = options.Settings(
             benchmark="", model="", model_fingerprint=None, max_length=8192, mode=args.mode,
             k_sparsity=args.k_sparsity, v_sparsity=args.v_sparsity, group_size=args.group_size, k_rule="",
             v_rule="", residual_length=0, backend="", chat_template="", dtype="", device="", batch_size=1,
         )  # fmt: skip
-        return settings.folder_name(run, args, "Llama")
+        return options.folder_name(run, args, "Llama")
 
     start = "Llama_8192_K_0.5_V_0.7_group32"
     assert name("mustafar") == start
@@ -375,7 +377,7 @@ def predictor(recorder, **changes):
         "residual_length": None, "chat_template": "none", "dtype": "float32", "device": "cpu", "batch_size": 1,
     }  # fmt: skip
     loaded = models.LoadedModel(recorder, make_tokenizer(), None)
-    return generation.Predictor(loaded, settings.Settings(**args | changes))
+    return Predictor(loaded, options.Settings(**args | changes))
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_asks_for():

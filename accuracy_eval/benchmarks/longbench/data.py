@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
+from ..shared.errors import UserError
 from .tasks import Task
 
 HUB_REPOSITORY = "THUDM/LongBench"

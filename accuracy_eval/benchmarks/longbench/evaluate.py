@@ -7,10 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from .errors import UserError
+from ..shared.errors import UserError
+from ..shared.options import OUTPUT_DIR
+from ..shared.scores import find_folder, print_incomplete, print_table, read_config, row_status
+from ..shared.store import CONFIG, replace_file
 from .scoring import BUCKETS, read_predictions, score, score_by_length
-from .settings import OUTPUT_DIR
-from .store import CONFIG, replace_file
 from .tasks import ENGLISH, NAMES, Task, longbench_tasks, task_from_description
 
 
@@ -26,20 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="where pred/ and pred_e/ are")
     args = parser.parse_args(argv)
     try:
-        _evaluate(_folder(args), longbench_e=args.e)
+        runs = args.output_dir / ("pred_e" if args.e else "pred")
+        _evaluate(find_folder(runs, args.model), longbench_e=args.e)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    runs = args.output_dir / ("pred_e" if args.e else "pred")
-    for folder in (runs / args.model, Path(args.model)):
-        if folder.is_dir():
-            return folder
-    there = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
-    raise UserError(f"no folder {runs / args.model}; there are: {', '.join(there) or 'none'}")
 
 
 def _evaluate(folder: Path, *, longbench_e: bool) -> None:
@@ -61,7 +54,7 @@ def _evaluate(folder: Path, *, longbench_e: bool) -> None:
     for name in [name for name in known if name in files or name in datasets]:
         predictions = read_predictions(files[name]) if name in files else None
         rows = len(predictions.answers) if predictions else 0
-        status, complete = _status(rows, datasets.get(name))
+        status, complete = row_status(rows, datasets.get(name))
         if not complete:
             incomplete.append(f"{name}: {status}")
         if rows:
@@ -72,36 +65,22 @@ def _evaluate(folder: Path, *, longbench_e: bool) -> None:
     replace_file(folder / "result.json", json.dumps(results, ensure_ascii=False, indent=4) + "\n")
     _print(table, results, longbench_e=longbench_e)
     print(f"written to {folder / 'result.json'}")
-    if incomplete:
-        print("INCOMPLETE: scores are of the rows there are; the command of the run makes the others")
-        print("\n".join(f"  {line}" for line in incomplete))
+    print_incomplete(incomplete)
 
 
 def _read_config(folder: Path, *, longbench_e: bool) -> dict:
-    path = folder / CONFIG
-    if not path.is_file():
+    config = read_config(folder)
+    if config is None:
         print(f"note: {folder} has no {CONFIG}; whether its files are complete is not known")
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if config.get("benchmark") == "ruler":
+        raise UserError(f"{folder} is a run of RULER: score it with eval_ruler.py --model {folder}")
     if (config.get("benchmark") == "longbench-e") != longbench_e:
         raise UserError(
             f"{folder} is a run of {config.get('benchmark')}: "
             f"score it {'without' if longbench_e else 'with'} --e"
         )
     return config
-
-
-def _status(rows: int, entry: dict | None) -> tuple[str, bool]:
-    """Return how many rows of how many there are, and whether the run has made all it was asked for."""
-    if entry is None:
-        return f"{rows} rows", True
-    of = f"{rows} of {entry['expected']} rows"
-    if entry["expected"] < entry["rows"]:
-        of += f" (limited; the data has {entry['rows']})"
-    return of, rows >= entry["expected"]
 
 
 def _score(task: Task, predictions, path: Path, *, longbench_e: bool) -> float | dict:
@@ -118,15 +97,7 @@ def _print(table: list[tuple], results: dict, *, longbench_e: bool) -> None:
         values = result.values() if isinstance(result, dict) else [result] * len(columns)
         lines.append((name, metric, status, *("-" if value is None else f"{value:.2f}" for value in values)))
     lines += _averages(results, longbench_e=longbench_e)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for number, line in enumerate(lines):
-        cells = [
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
+    print_table(lines, left=3)
 
 
 def _averages(results: dict, *, longbench_e: bool) -> list[tuple]:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
+import functools
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import data, models, settings, store
-from .errors import UserError
-from .prompts import resolve_chat_template
+from ..shared import models, options, run, store
+from ..shared.errors import UserError
+from . import data, settings
+from .generation import Predictor
 from .tasks import Task, select_tasks
+from .tasks import config as table
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status (2 after a message about what to put right)."""
-    try:
-        args = settings.parse(argv)
-        _run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run.command(lambda: _run(settings.parse(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -36,9 +27,15 @@ def _run(args: argparse.Namespace) -> None:
     info = models.inspect_model(args.model)
     models.check_mode(info, args.mode)
     device = models.resolve_device(args.device)
-    run = _settings(args, info, device)
-    path = args.output_dir / ("pred_e" if args.e else "pred") / settings.folder_name(run, args, info.name)
-    folder = store.RunFolder(path, run.identity())
+    chosen = run.make_settings(
+        args,
+        info,
+        device,
+        benchmark="longbench-e" if args.e else "longbench",
+        max_length=resolve_max_length(info, args.max_length),
+    )
+    path = args.output_dir / ("pred_e" if args.e else "pred") / options.folder_name(chosen, args, info.name)
+    folder = store.RunFolder(path, chosen.identity())
     try:
         expected = {name: min(len(found.rows), args.limit or len(found.rows)) for name, found in rows.items()}
         folder.add_datasets(
@@ -51,21 +48,51 @@ def _run(args: argparse.Namespace) -> None:
                 }
                 for task in tasks
             },
-            _environment(),
+            run.environment(),
         )
         print(f"predictions go to {path}")
         if (
-            run.chat_template == "none"
+            chosen.chat_template == "none"
             and args.chat_template == "auto"
             and getattr(info.tokenizer, "chat_template", None)
         ):
             print("note: the model has a chat template that is not used; --chat_template model uses it")
-        _predict_all(tasks, rows, expected, folder, info, run, device)
+        jobs = [
+            run.Job(
+                name=task.name,
+                task=task,
+                expected=expected[task.name],
+                row=rows[task.name].rows.__getitem__,
+                record=functools.partial(_record, task),
+            )
+            for task in tasks
+        ]
+        run.predict_all(
+            jobs,
+            folder,
+            lambda: Predictor(models.load_model(info, chosen, device), chosen),
+            batch_size=chosen.batch_size,
+            advice="Lower --max_length or --batch_size, or use a larger GPU.",
+        )
     finally:
         folder.close()
-    where = "" if args.output_dir == settings.OUTPUT_DIR else f" --output_dir {args.output_dir}"
+    where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
     script = Path(__file__).resolve().parents[2] / "eval_long_bench.py"
     print(f"score with: {sys.executable} {script} --model {path.name}{' --e' if args.e else ''}{where}")
+
+
+def resolve_max_length(info: models.ModelInfo, given: int | None) -> int:
+    """Return the prompt limit: the option's, else that of `model2maxlen.json`, else the model's own.
+
+    Raises
+    ------
+    UserError
+        If none of them is known.
+    """
+    limit = given or table("model2maxlen").get(info.name) or models.position_limit(info)
+    if not limit:
+        raise UserError(f"the prompt limit of {info.name} is not known; give --max_length")
+    return limit
 
 
 def _select(args: argparse.Namespace) -> list[Task]:
@@ -83,80 +110,6 @@ def _select(args: argparse.Namespace) -> list[Task]:
             f"note: {args.data_dir} holds {len(there)} of {len(tasks)} data sets; without {', '.join(absent)}"
         )
     return there
-
-
-def _settings(args: argparse.Namespace, info: models.ModelInfo, device: str) -> settings.Settings:
-    pruned = args.mode != "dense"
-    return settings.Settings(
-        benchmark="longbench-e" if args.e else "longbench",
-        model=info.path,
-        model_fingerprint=info.fingerprint,
-        max_length=models.resolve_max_length(info, args.max_length),
-        mode=args.mode,
-        k_sparsity=args.k_sparsity,
-        v_sparsity=args.v_sparsity,
-        group_size=args.group_size,
-        k_rule=args.k_rule if pruned else None,
-        v_rule=args.v_rule if pruned else None,
-        residual_length=args.residual_length if pruned else None,
-        backend=args.backend if pruned else None,
-        chat_template=resolve_chat_template(args.chat_template, info.name, info.tokenizer),
-        dtype=models.resolve_dtype(info, args.dtype, device),
-        device=device.split(":")[0].replace("auto", "cuda"),
-        batch_size=args.batch_size,
-    )
-
-
-def _environment() -> dict:
-    import torch
-
-    found = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-    found["python"] = platform.python_version()
-    for package in ("torch", "transformers", "mustafar", "flash-attn"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return found
-
-
-def _predict_all(
-    tasks: list[Task],
-    rows: dict[str, data.Rows],
-    expected: dict[str, int],
-    folder: store.RunFolder,
-    info: models.ModelInfo,
-    run: settings.Settings,
-    device: str,
-) -> None:
-    import torch
-    from tqdm import tqdm
-
-    from .generation import Predictor
-
-    predictor = None
-    for task in tasks:
-        file = folder.predictions(task.name)
-        left = [index for index in range(expected[task.name]) if index not in file.done]
-        done = expected[task.name] - len(left)
-        if left and predictor is None:
-            predictor = Predictor(models.load_model(info, run, device), run)
-        with tqdm(total=expected[task.name], initial=done, desc=task.name, unit="row") as progress:
-            for start in range(0, len(left), run.batch_size):
-                batch = left[start : start + run.batch_size]
-                chosen = [rows[task.name].rows[index] for index in batch]
-                try:
-                    answers = predictor.predict(task, chosen)
-                except torch.OutOfMemoryError as error:
-                    raise UserError(
-                        f"out of memory at {task.name}, row {batch[0]}; the rows before it are kept. Lower "
-                        f"--max_length or --batch_size, or use a larger GPU.\n{error}"
-                    ) from None
-                for index, row, answer in zip(batch, chosen, answers, strict=True):
-                    file.append(_record(task, index, row, answer))
-                    progress.update()
-        file.close()
 
 
 def _record(task: Task, index: int, row: dict, answer: str) -> dict:

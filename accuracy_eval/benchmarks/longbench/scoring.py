@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import UserError
+from ..shared.scores import read_records
 from .metrics import METRICS
 from .tasks import Task
 
@@ -32,21 +31,7 @@ def read_predictions(path: Path) -> Predictions:
         With the file and the line, if a line is not a prediction.
     """
     found = Predictions()
-    # The official code ends its last line too: what follows the last line feed was cut off while it was written.
-    *lines, _ = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, got {type(row).__name__}")
-        missing = [key for key in ("pred", "answers", "all_classes", "length") if key not in row]
-        if missing:
-            raise UserError(f"{where}: missing {', '.join(missing)}")
-        if not isinstance(row["answers"], list):
-            raise UserError(f"{where}: answers must be a list of strings")
+    for row in read_records(path, ("pred", "answers", "all_classes", "length")):
         found.answers.append(row["pred"])
         found.truths.append(row["answers"])
         found.lengths.append(row["length"])

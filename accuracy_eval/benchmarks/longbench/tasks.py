@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .errors import UserError
+from ..shared.errors import UserError
 from .metrics import METRICS
 
 CONFIG_DIR = Path(__file__).parent / "config"

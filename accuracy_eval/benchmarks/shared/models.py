@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
-from .settings import DTYPES, Settings
-from .tasks import config as table
+from .options import DTYPES, Settings
 
 # Which mode runs an architecture. Any other decoder-only model: mode mustafar, through the generic path.
 _MODE_OF = {"llama": "mustafar", "mistral": "mustafar-mistral"}
@@ -89,22 +88,9 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def resolve_max_length(info: ModelInfo, given: int | None) -> int:
-    """Return the prompt limit: the option's, else that of `model2maxlen.json`, else the model's own.
-
-    Raises
-    ------
-    UserError
-        If none of them is known.
-    """
-    if given is not None:
-        return given
-    listed = table("model2maxlen").get(info.name)
-    text_config = info.config.get_text_config()
-    limit = listed or getattr(text_config, "max_position_embeddings", None)
-    if not limit:
-        raise UserError(f"the prompt limit of {info.name} is not known; give --max_length")
-    return limit
+def position_limit(info: ModelInfo) -> int | None:
+    """Return how many tokens, prompt and answer, the model was made for; None if its config is silent."""
+    return getattr(info.config.get_text_config(), "max_position_embeddings", None)
 
 
 def resolve_device(given: str | None) -> str:
