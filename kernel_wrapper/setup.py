@@ -11,6 +11,7 @@ MAX_JOBS               compiler processes at a time
 from __future__ import annotations
 
 import os
+import shlex
 import site
 import subprocess
 import sys
@@ -61,8 +62,8 @@ def runtime_flags() -> list[str]:
     Some compilers have the static library only. An extension with a libstdc++ of its own breaks where it raises an
     error: messages come out truncated, or Python crashes.
     """
-    compiler = os.environ.get("CXX", "c++")
-    asked = [compiler, "-print-file-name=libstdc++.so"]
+    compiler = os.environ.get("CXX", "c++")  # may be several words: CXX="ccache g++"
+    asked = [*shlex.split(compiler), "-print-file-name=libstdc++.so"]
     try:
         found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -73,7 +74,7 @@ def runtime_flags() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <sstream>\nint main() { std::ostringstream() << 1; }\n")
-        probe = [compiler, str(source), "-o", str(source.with_suffix("")), *flags]
+        probe = [*shlex.split(compiler), str(source), "-o", str(source.with_suffix("")), *flags]
         if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
             return flags
     print(
