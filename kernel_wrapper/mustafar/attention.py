@@ -58,13 +58,17 @@ def mustafar_attention(
         if kwargs.get(name) is not None:
             raise NotImplementedError(
                 f"{type(module).__name__} needs {meaning} ({name}), which {NAME!r} attention does not "
-                'compute: use backend="simulate" with an attention implementation that does'
+                'compute: use backend="simulate" with an attention implementation that does, '
+                "and rules that observe no queries (Kt_Mag, Vt_Mag)"
             )
     if not isinstance(key, CompressedKV):
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-        if _takes_flash(query, attention_mask):
-            return _flash_attention(module, query, key, value, attention_mask, **kwargs)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        compute = _flash_attention if _takes_flash(query, attention_mask) else ALL_ATTENTION_FUNCTIONS["sdpa"]
+        result = compute(module, query, key, value, attention_mask, **kwargs)
+        layer = getattr(key, "_mustafar_layer", None)  # of a cache whose rules score by recent queries
+        if layer is not None:
+            layer.observe(query, attention_mask, scaling, sliding_window)
+        return result
     if query.shape[2] != 1 or dropout:
         raise NotImplementedError(
             "decoding on the compressed cache takes one query token and no dropout, "
@@ -72,6 +76,7 @@ def mustafar_attention(
         )
     starts = _starts(attention_mask, query.shape[0], key.layer)
     output = key.layer.attend(query[:, :, 0].contiguous(), starts, scaling, sliding_window or 0)
+    key.layer.observe(query, attention_mask, scaling, sliding_window)
     return output.unsqueeze(1), None
 
 

@@ -41,16 +41,20 @@ class MustafarCache(Cache):
     k_sparsity, v_sparsity : float
         Fraction of zeros in pruned keys and values, 0 <= sparsity < 1.
     k_rule, v_rule : str
-        Pruning rules, from `mustafar.pruning.RULES`.
+        Pruning rules, from `mustafar.pruning.RULES`, any with any: Kt_Mag, Kt_Opt, ThinK for keys; Vt_Mag,
+        Vt_Opt, Vc_Mag, Vc_Opt, ThinV for values. ``RULES[name].observes`` says whether one scores by the last
+        32 queries: a prompt is then pruned right after its attention, later tokens as ever, and the simulated
+        cache makes the model's attention "mustafar" too, as queries reach it only there.
     group_size : int
-        Tokens ranked together by rules that rank tokens. Groups count from the first token pruned in one go.
+        Tokens ranked together by rules that rank tokens (Vc_Mag, Vc_Opt). Groups count from the first token
+        pruned in one go; the last may be shorter and keeps the same fraction.
     residual_length : int
         The most recent tokens that stay dense.
     flush_every : int
         Tokens that gather beyond them before they are pruned.
     backend : {"kernel", "simulate"}
         "simulate" prunes the same values at the same times and returns dense tensors: it saves no memory and
-        works with any attention implementation, which it leaves as it is.
+        works with any attention implementation, which it leaves as it is unless a rule observes queries.
     offloading : bool
         Not supported, must be False.
 
@@ -101,9 +105,10 @@ class MustafarCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config: expected model.config, got {type(config).__name__}")
         config = config.get_text_config(decoder=True)
-        _check_model(config, self.settings.simulate)
+        dense = self.settings.simulate and not self.settings.observes
+        _check_model(config, dense)
         super().__init__(layers=_make_layers(config, self.settings))
-        if not self.settings.simulate:
+        if not dense:
             attention.register()
             config._attn_implementation = attention.NAME
 
@@ -153,7 +158,7 @@ def _make_layers(config: PreTrainedConfig, settings: CacheSettings) -> list[Any]
     return layers
 
 
-def _check_model(config: PreTrainedConfig, simulate: bool) -> None:
+def _check_model(config: PreTrainedConfig, any_attention: bool) -> None:
     """Refuse early what the attention function would refuse at the first token."""
     model = f"model type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
@@ -163,10 +168,11 @@ def _check_model(config: PreTrainedConfig, simulate: bool) -> None:
         head_dim = config.hidden_size // config.num_attention_heads
     if isinstance(head_dim, int) and head_dim > MAX_HEAD_DIM:
         raise NotImplementedError(f"{model} has head_dim {head_dim}; at most {MAX_HEAD_DIM} is supported")
-    if not simulate and getattr(config, "attn_logit_softcapping", None) is not None:
+    if not any_attention and getattr(config, "attn_logit_softcapping", None) is not None:
         raise NotImplementedError(
             f"{model} soft-caps its attention scores (attn_logit_softcapping), which decoding on the "
-            'compressed cache does not compute: use backend="simulate" with attn_implementation="eager"'
+            'compressed cache does not compute: use backend="simulate" with attn_implementation="eager", '
+            "and rules that observe no queries (Kt_Mag, Vt_Mag)"
         )
 
 

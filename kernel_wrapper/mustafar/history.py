@@ -13,7 +13,7 @@ import torch
 
 from mustafar import ops
 from mustafar.format import SLICE_TOKENS, CompressedTensor
-from mustafar.pruning import Pruning
+from mustafar.pruning import Observed, Pruning
 from mustafar.store import Select, SliceStore
 
 
@@ -42,8 +42,9 @@ class History(abc.ABC):
         """Add tokens x [B, Hkv, T, D]."""
 
     @abc.abstractmethod
-    def prune(self, pruned: int, behind: torch.Tensor | None = None) -> None:
-        """Prune so that the oldest `pruned` tokens are; tokens `behind` are appended first."""
+    def prune(self, pruned: int, behind: torch.Tensor | None = None, window: Observed | None = None) -> None:
+        """Prune so that the oldest `pruned` tokens are; tokens `behind` are appended first. `window` is what
+        was observed of the tokens to prune, for a rule that observes."""
 
     @abc.abstractmethod
     def dense(self) -> torch.Tensor:
@@ -80,6 +81,7 @@ class PackedHistory(History):
     def __init__(self, pruning: Pruning, x: torch.Tensor, window_capacity: int) -> None:
         super().__init__(pruning)
         self.store = SliceStore(x, pruning.kept(x.shape[-1]) if pruning.rule.uniform else None)
+        self.window_capacity = window_capacity  # it shrinks back to that when pruning has made room
         self.window = x.new_empty((*x.shape[:2], window_capacity, x.shape[3]))
 
     @property
@@ -100,7 +102,7 @@ class PackedHistory(History):
         self.window[:, :, used : used + x.shape[2]] = x
         self.tokens += x.shape[2]
 
-    def prune(self, pruned: int, behind: torch.Tensor | None = None) -> None:
+    def prune(self, pruned: int, behind: torch.Tensor | None = None, window: Observed | None = None) -> None:
         tail = self.window[:, :, : self.window_tokens]
         if behind is not None:
             tail = torch.cat([tail, behind], dim=2) if self.window_tokens else behind
@@ -113,16 +115,21 @@ class PackedHistory(History):
             self._pack(tail[:, :, :whole])
             tail = self._prune_between(tail[:, :, whole:], max(first - whole, 0), last - whole)
         else:
-            tail = self._prune_between(tail, first, last)
+            tail = self._prune_between(tail, first, last, window)
             self._pack(tail[:, :, :whole])
             tail = tail[:, :, whole:]
         self.pruned = max(pruned, self.pruned)
+        if self.window.shape[2] > self.window_capacity >= tail.shape[2]:
+            self.window = self.window.new_empty((*tail.shape[:2], self.window_capacity, tail.shape[3]))
         self._reserve(tail.shape[2], keep=False)
         self.window[:, :, : tail.shape[2]] = tail
 
-    def _prune_between(self, tail: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    def _prune_between(
+        self, tail: torch.Tensor, first: int, last: int, window: Observed | None = None
+    ) -> torch.Tensor:
         """A copy of `tail` with tokens `first` to `last` pruned."""
-        between = self.pruning.prune(tail[:, :, first:last]) if last > first else tail[:, :, first:last]
+        between = tail[:, :, first:last]
+        between = self.pruning.prune(between, window) if last > first else between
         return torch.cat([tail[:, :, :first], between, tail[:, :, last:]], dim=2)
 
     def _pack(self, x: torch.Tensor) -> None:
@@ -189,13 +196,13 @@ class DenseHistory(History):
         self.buffer[:, :, self.tokens : total] = x
         self.tokens = total
 
-    def prune(self, pruned: int, behind: torch.Tensor | None = None) -> None:
+    def prune(self, pruned: int, behind: torch.Tensor | None = None, window: Observed | None = None) -> None:
         if behind is not None:
             self.append(behind)
         if pruned > self.pruned:
             self._copy_buffer(self.buffer.shape[2])  # what `dense` returned must not change
             between = self.buffer[:, :, self.pruned : pruned]
-            between.copy_(self.pruning.prune(between))
+            between.copy_(self.pruning.prune(between, window))
             self.pruned = pruned
 
     def _copy_buffer(self, capacity: int) -> None:

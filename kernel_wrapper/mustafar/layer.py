@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from mustafar import ops
 from mustafar.format import DTYPES, MAX_HEAD_DIM, SLICE_TOKENS
 from mustafar.history import DenseHistory, History, PackedHistory
+from mustafar.observer import Observer
 from mustafar.pruning import Pruning
 
 
@@ -38,6 +39,11 @@ class CacheSettings:
     flush_every: int
     simulate: bool
     check: bool
+
+    @property
+    def observes(self) -> bool:
+        """Whether a rule scores by recent queries."""
+        return self.keys.rule.observes or self.values.rule.observes
 
     @property
     def window_capacity(self) -> int:
@@ -73,6 +79,9 @@ class MustafarLayer(CacheLayerMixin):
     Pruning happens right after the first prefill, down to `residual_length` dense tokens, and then whenever
     `flush_every` more have gathered. The latter is done at the start of the next `update`, so that what the
     caller appended last can still be cropped away untouched.
+
+    Rules that score by recent queries need attention first: `update` then only adds tokens, and `observe`,
+    which the "mustafar" attention function calls after it, remembers the queries and prunes a prompt.
     """
 
     is_sliding = False
@@ -87,6 +96,9 @@ class MustafarLayer(CacheLayerMixin):
         self.mask_checked = False
         self.key_history: History | None = None
         self.value_history: History | None = None
+        self.observer = Observer()
+        self.unobserved = False  # tokens were added whose queries have not come
+        self.prune_when_observed = False
 
     def __repr__(self) -> str:
         return f"MustafarLayer(tokens={self.get_seq_length()})"
@@ -104,7 +116,7 @@ class MustafarLayer(CacheLayerMixin):
         capacity = self.settings.window_capacity
         self.key_history = kind(self.settings.keys, key_states, capacity)
         self.value_history = kind(self.settings.values, value_states, capacity)
-        self.batch = key_states.shape[0]
+        self.batch, self.kv_heads = key_states.shape[:2]
         self.is_initialized = True
 
     def update(
@@ -121,6 +133,8 @@ class MustafarLayer(CacheLayerMixin):
         if self.settings.check:
             for name, states in (("keys", key_states), ("values", value_states)):
                 _raise_on_nan(states, name, self.layer_idx, self.get_seq_length())
+        if self.settings.observes:
+            return self._update_observing(key_states, value_states)
         new = (key_states, value_states)
         added, held = key_states.shape[2], self.get_seq_length()
         residual, flush_every = self.settings.residual_length, self.settings.flush_every
@@ -147,6 +161,60 @@ class MustafarLayer(CacheLayerMixin):
             return handle, handle
         self.mask_checked = False
         return tuple(history.dense() for history in self.histories)
+
+    def _update_observing(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
+        """`update` for rules that score by recent queries: prunes at the same times, but a prompt or long
+        turn only when its queries are known."""
+        if self.unobserved:
+            rules = [p.rule.name for p in (self.settings.keys, self.settings.values) if p.rule.observes]
+            raise RuntimeError(
+                f"layer {self.layer_idx}: {' and '.join(rules)} score by recent queries, and no attention "
+                'function has passed any: attn_implementation must be "mustafar", also to simulate. Call '
+                'model.set_attn_implementation("mustafar"); a model with attention code of its own can only '
+                "use rules that observe no queries, such as Kt_Mag and Vt_Mag"
+            )
+        added, held = key_states.shape[2], self.get_seq_length()
+        residual, flush_every = self.settings.residual_length, self.settings.flush_every
+        # After a crop there may be no query left to score by; the next flush makes up for it.
+        if self.key_history.unpruned >= residual + flush_every and held and self.observer.seen:
+            self._prune_observed(held - residual)
+        for history, states in zip(self.histories, (key_states, value_states), strict=True):
+            history.append(states)
+        self.unobserved = True
+        self.prune_when_observed = held == 0 or added > flush_every
+        if added == 1 and held and not self.settings.simulate:
+            handle = CompressedKV(self)
+            return handle, handle
+        self.mask_checked = False
+        keys, values = (history.dense() for history in self.histories) if held else (key_states, value_states)
+        keys._mustafar_layer = self  # how the attention function finds the layer to show queries to
+        return keys, values
+
+    def observe(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        """Take note of query [B, H, T, D], that of the tokens added last, where a rule scores by it."""
+        if not self.settings.observes:
+            return
+        self.observer.add(query, mask, scaling, sliding_window)
+        self.unobserved = False
+        if self.prune_when_observed:
+            self._prune_observed(self.get_seq_length() - self.settings.residual_length)
+
+    def _prune_observed(self, pruned: int) -> None:
+        """Prune the oldest `pruned` tokens; values first, as their score may take the keys attended to."""
+        keys, values = self.histories
+        if pruned <= keys.pruned:
+            return
+        window = self.observer.observed(
+            keys.dense, self.kv_heads, keys.tokens, first=keys.pruned, last=pruned
+        )
+        values.prune(pruned, window=window)
+        keys.prune(pruned, window=window)
 
     def attend(
         self, query: torch.Tensor, starts: torch.Tensor | None, scaling: float | None, sliding_window: int
@@ -184,6 +252,8 @@ class MustafarLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.key_history = self.value_history = None
         self.is_initialized = self.mask_checked = False
+        self.observer = Observer()
+        self.unobserved = self.prune_when_observed = False
 
     def crop(self, amount: int | torch.Tensor) -> None:
         """Remove the last `-amount` tokens; a positive `amount` is the length to keep (transformers before
@@ -197,6 +267,7 @@ class MustafarLayer(CacheLayerMixin):
             return self.reset()
         for history in self.histories:
             history.crop(tokens)
+        self.observer.crop(held - tokens)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let each batch row continue from another one (beam search)."""
@@ -211,6 +282,7 @@ class MustafarLayer(CacheLayerMixin):
     def _select(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for history in self.histories:
             history.select(rows)
+        self.observer.select(rows)
         if self.is_initialized:
             self.batch = rows(torch.empty(self.batch, 0, device=self.device)).shape[0]
 
