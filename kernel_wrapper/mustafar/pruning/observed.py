@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 #: Queries that a score is accumulated over (paper section 3; ThinK's observation window).
-OBSERVED_QUERIES = 31
+OBSERVED_QUERIES = 32
 
 
 @dataclasses.dataclass(frozen=True)
