@@ -1,0 +1,137 @@
+"""The prediction run behind `pred_ruler.py`: tasks and lengths, settings, folder, model, then row after row."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+from ..shared import models, options, run, store
+from ..shared.errors import UserError
+from ..shared.generation import Generator
+from . import generate, settings
+from .documents import SOURCES, load_corpus
+from .tasks import Task, data_name, select_lengths, select_tasks
+
+#: The folder of runs in --output_dir.
+RUNS = "pred_ruler"
+
+
+class Predictor(Generator):
+    """Turns rows, as `generate.make_row` makes them, into predictions."""
+
+    def predict(self, task: Task, rows: list[dict]) -> list[str]:
+        """Return the answers to some rows of a task, generated in one batch padded on the left."""
+        return self.generate([row["ids"] for row in rows], max_new_tokens=task.max_new_tokens)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit status (2 after a message about what to put right)."""
+    return run.command(lambda: _run(settings.parse(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    tasks = select_tasks(args.tasks)
+    sources = _load_sources(tasks, args)
+    info = models.inspect_model(args.model)
+    models.check_mode(info, args.mode)
+    lengths = select_lengths(args.lengths, models.position_limit(info), info.name)
+    device = models.resolve_device(args.device)
+    chosen = run.make_settings(args, info, device, benchmark="ruler", max_length=None)
+    make = functools.partial(
+        generate.make_row,
+        seed=args.seed,
+        tokenizer=info.tokenizer,
+        template=chosen.chat_template,
+        sources=sources,
+    )
+    jobs = [_job(task, length, args.rows, make) for length in lengths for task in tasks]
+    for job in jobs:  # a row that cannot fit is told before anything is written or loaded
+        job.row(0)
+
+    name = options.folder_name(chosen, args, info.name)
+    path = args.output_dir / RUNS / (name + ("" if args.seed == 42 else f"_seed{args.seed}"))
+    if args.essays:
+        path = path.with_name(path.name + "_essays")
+    folder = store.RunFolder(path, chosen.identity() | {"seed": args.seed})
+    try:
+        folder.add_datasets(
+            {
+                data_name(task, length): {
+                    "rows": args.rows,
+                    "expected": args.rows,
+                    "sha256": sources.digest(task),
+                    "task": _describe(task, length, sources),
+                }
+                for length in lengths
+                for task in tasks
+            },
+            run.environment(),
+        )
+        print(f"predictions go to {path}")
+        _print_notes(args, tasks, info, chosen)
+        run.predict_all(
+            jobs,
+            folder,
+            lambda: Predictor(models.load_model(info, chosen, device)),
+            batch_size=chosen.batch_size,
+            advice="Choose shorter --lengths, lower --batch_size, or use a larger GPU.",
+        )
+    finally:
+        folder.close()
+    where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
+    script = Path(__file__).resolve().parents[2] / "eval_ruler.py"
+    print(f"score with: {sys.executable} {script} --model {path.name}{where}")
+
+
+def _load_sources(tasks: list[Task], args: argparse.Namespace) -> generate.Sources:
+    sources = generate.Sources(generate.load_essays(args.essays) if args.essays else None)
+    for name in dict.fromkeys(task.source for task in tasks if task.source):
+        sources.corpora[name] = load_corpus(name, args.data_dir)
+        there = len(sources.corpora[name].questions)
+        if args.rows > there:
+            raise UserError(
+                f"--rows {args.rows}: {SOURCES[name].title} has {there} questions; choose at most as many"
+            )
+    return sources
+
+
+def _job(task: Task, length: int, rows: int, make) -> run.Job:
+    def record(index: int, row: dict, answer: str) -> dict:
+        return {
+            "pred": answer,
+            "answers": row["outputs"],
+            "length": row["length"],
+            "dataset": data_name(task, length),
+            "_index": index,
+        }
+
+    return run.Job(
+        name=data_name(task, length),
+        task=task,
+        expected=rows,
+        row=functools.partial(make, task, length),
+        record=record,
+    )
+
+
+def _describe(task: Task, length: int, sources: generate.Sources) -> dict:
+    """Return what must be equal for rows of two runs to stand in one file."""
+    described = {"name": task.name, "length": length, "max_new_tokens": task.max_new_tokens}
+    described |= {"metric": task.metric, **task.options, "generator": generate.VERSION}
+    if task.takes_essays and sources.essays is None:
+        described["haystack"] = "noise"
+    return described
+
+
+def _print_notes(args: argparse.Namespace, tasks: list[Task], info, chosen: options.Settings) -> None:
+    without = [task.name for task in tasks if task.takes_essays and not args.essays]
+    if without:
+        print(f"note: without --essays the haystack of {', '.join(without)} is the noise sentence")
+    if (
+        chosen.chat_template == "none"
+        and args.chat_template == "auto"
+        and getattr(info.tokenizer, "chat_template", None)
+    ):
+        print("note: the model has a chat template that is not used; --chat_template model uses it")
