@@ -54,8 +54,16 @@ def add_model_options(main: argparse.ArgumentParser) -> None:
         help="dense: transformers' own cache. mustafar: pruned, for Llama and (through the generic path) for "
         "other decoder-only models. mustafar-mistral: pruned, for Mistral",
     )
-    main.add_argument("--k_rule", default=DEFAULTS["k_rule"], help="pruning rule of the keys (%(default)s)")
-    main.add_argument("--v_rule", default=DEFAULTS["v_rule"], help="pruning rule of the values (%(default)s)")
+    main.add_argument(
+        "--k_rule",
+        default=DEFAULTS["k_rule"],
+        help="pruning rule of the keys: Kt_Mag, Kt_Opt, ThinK or one of yours (%(default)s)",
+    )
+    main.add_argument(
+        "--v_rule",
+        default=DEFAULTS["v_rule"],
+        help="pruning rule of the values: Vt_Mag, Vt_Opt, Vc_Mag, Vc_Opt, ThinV or one of yours (%(default)s)",
+    )
     main.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -66,7 +74,7 @@ def add_model_options(main: argparse.ArgumentParser) -> None:
         "--group_size",
         type=at_least(1),
         default=32,
-        help="tokens ranked together by channel-wise rules; Kt_Mag and Vt_Mag do not use it (32)",
+        help="tokens ranked together by channel-wise rules, Vc_Mag and Vc_Opt; others do not use it (32)",
     )
     main.add_argument(
         "--residual_length",
