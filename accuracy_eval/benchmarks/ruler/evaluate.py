@@ -35,12 +35,12 @@ def _evaluate(folder: Path) -> None:
     if config.get("benchmark") != "ruler":
         raise UserError(f"{folder} is a run of {config.get('benchmark')}: score it with eval_long_bench.py")
     files = {path.stem: path for path in folder.glob("*.jsonl")}
-    unknown = sorted(name for name in files if parse_data_name(name) is None)
+    datasets = config.get("datasets", {})
+    unknown = sorted(name for name in {*files, *datasets} if parse_data_name(name) is None)
     if unknown:
         raise UserError(
             f"{folder}: {', '.join(unknown)} is not <task>_<length>.jsonl; tasks are {', '.join(TASKS)}"
         )
-    datasets = config.get("datasets", {})
     found = {(task.name, length) for task, length in map(parse_data_name, {*files, *datasets})}
     lengths = sorted({length for _, length in found})
     results: dict[str, float] = {}
