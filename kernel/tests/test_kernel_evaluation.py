@@ -64,6 +64,7 @@ def test_a_wrong_op_is_reported(evaluation, monkeypatch, capsys):
         (["--sparsity", "1.0"], "[0, 1)"),
         (["--k_rule", "nonsense"], "valid: Kt_Mag"),
         (["--v_rule", "Kt_Mag"], "valid: Vt_Mag"),
+        (["--k_rule", "ThinK"], "--k_rule ThinK scores by recent queries"),
         (["--q_heads", "5"], "multiple of --kv_heads"),
         (["--tokens", "0"], "at least 1"),
     ],
