@@ -60,7 +60,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     for option, rule in rules.items():
         if rule.observes:
-            parser.error(f"{option} {rule.name} scores by recent queries, and here there are none: try a model")
+            parser.error(
+                f"{option} {rule.name} scores by recent queries, and here there are none: try a model"
+            )
     if min(args.batch, args.q_heads, args.kv_heads, args.tokens, args.head_dim) < 1 or args.window < 0:
         parser.error("--batch, --q_heads, --kv_heads, --tokens and --head_dim must be at least 1, --window 0")
     if args.head_dim > MAX_HEAD_DIM:
