@@ -14,17 +14,7 @@ pytest.importorskip("model.mistral")
 
 TASK = {"prompt": "{context} {input}", "max_new_tokens": 8, "metric": "qa_f1"}
 MODES = {"llama": "mustafar", "mistral": "mustafar-mistral", "qwen3": "mustafar"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small is slower on several threads, and much slower where they are shared."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=MODES)

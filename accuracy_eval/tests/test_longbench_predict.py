@@ -18,17 +18,7 @@ from benchmarks.shared.errors import UserError
 from longbench_helpers import ACCURACY_EVAL, make_model, make_rows, make_tokenizer, read_jsonl, write_jsonl
 
 TASK = {"prompt": "{context} {input}", "max_new_tokens": 4, "metric": "qa_f1", "chat": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small is slower on several threads, and much slower where they are shared."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,7 @@ from mustafar.cache import MustafarCache
 from transformers import AutoModelForCausalLM
 
 CLASSES = {"llama": MustafarLlamaForCausalLM, "mistral": MustafarMistralForCausalLM}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=CLASSES)

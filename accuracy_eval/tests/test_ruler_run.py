@@ -13,17 +13,7 @@ from longbench_helpers import ACCURACY_EVAL, make_model, read_jsonl, write_jsonl
 
 DEMO = ACCURACY_EVAL / "demo/demo-llama"
 DENSE = "tiny_K_0.0_V_0.0_group32_dense"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small is slower on several threads, and much slower where they are shared."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

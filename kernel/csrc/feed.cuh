@@ -98,6 +98,7 @@ class Feed {
     from_ += step_;
     write_ = next_slot(write_);
   }
+
   // `count` vectors have been copied, at most left().
   __device__ __forceinline__ void copied(int count) {
     left_ -= count;

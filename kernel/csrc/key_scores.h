@@ -8,7 +8,7 @@
 namespace mustafar::cuda {
 
 // scores[b, h, t] = q[b, h] . K[b, h / G, t], float32 sums, on `stream` of the current device. Nothing is
-// allocated or synchronised. head_dim is a multiple of 8 up to 256, q's rows are aligned to 16 bytes.
+// allocated or synchronised. head_dim is a multiple of 8 up to 256.
 cudaError_t key_scores(const KeyScoresParams& params, cudaStream_t stream);
 
 }  // namespace mustafar::cuda

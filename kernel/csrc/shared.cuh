@@ -16,16 +16,6 @@ __device__ __forceinline__ void store16(uint32_t address, uint32_t value) {
 __device__ __forceinline__ void store32(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value));
 }
-__device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[1]) {
-  store32(address, words[0]);
-}
-__device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[2]) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]));
-}
-__device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[4]) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]),
-               "r"(words[2]), "r"(words[3]));
-}
 __device__ __forceinline__ void store_zeros(uint32_t address) {  // 16 bytes
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
 }

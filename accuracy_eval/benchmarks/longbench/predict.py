@@ -7,7 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-from ..shared import models, options, run, store
+from ..shared import chat, models, options, run, store
 from ..shared.errors import UserError
 from . import data, settings
 from .generation import Predictor
@@ -51,12 +51,7 @@ def _run(args: argparse.Namespace) -> None:
             run.environment(),
         )
         print(f"predictions go to {path}")
-        if (
-            chosen.chat_template == "none"
-            and args.chat_template == "auto"
-            and getattr(info.tokenizer, "chat_template", None)
-        ):
-            print("note: the model has a chat template that is not used; --chat_template model uses it")
+        chat.print_unused(args.chat_template, chosen.chat_template, info.tokenizer)
         jobs = [
             run.Job(
                 name=task.name,

@@ -7,7 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-from ..shared import models, options, run, store
+from ..shared import chat, models, options, run, store
 from ..shared.errors import UserError
 from ..shared.generation import Generator
 from . import generate, settings
@@ -129,9 +129,4 @@ def _print_notes(args: argparse.Namespace, tasks: list[Task], info, chosen: opti
     without = [task.name for task in tasks if task.takes_essays and not args.essays]
     if without:
         print(f"note: without --essays the haystack of {', '.join(without)} is the noise sentence")
-    if (
-        chosen.chat_template == "none"
-        and args.chat_template == "auto"
-        and getattr(info.tokenizer, "chat_template", None)
-    ):
-        print("note: the model has a chat template that is not used; --chat_template model uses it")
+    chat.print_unused(args.chat_template, chosen.chat_template, info.tokenizer)

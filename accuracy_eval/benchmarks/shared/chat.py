@@ -51,3 +51,9 @@ def with_chat_template(prompt: str, template: str, tokenizer) -> str:
         return _VICUNA.format(prompt=prompt)
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def print_unused(choice: str, template: str, tokenizer) -> None:
+    """Say so where `auto` (`choice`) came to none (`template`) though the tokenizer has a template."""
+    if choice == "auto" and template == "none" and getattr(tokenizer, "chat_template", None):
+        print("note: the model has a chat template that is not used; --chat_template model uses it")
