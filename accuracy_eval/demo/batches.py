@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from demo.tasks import TASKS, Rng, head_ids, make
+
+ALL = tuple(TASKS)
 
 
 def asked_in(sentences: int) -> int:
@@ -12,11 +16,12 @@ def asked_in(sentences: int) -> int:
     return max(2, min(24, sentences // 2))
 
 
-def layout(sentences: int) -> tuple[int, dict[str, torch.Tensor]]:
+def layout(sentences: int, names: Sequence[str] = ALL) -> tuple[int, dict[str, torch.Tensor]]:
     """Words of the longest row, and per task the columns whose next word belongs to an answer, [asked, a]."""
     asked = asked_in(sentences)
     length, columns = 0, {}
-    for name, task in TASKS.items():
+    for name in names:
+        task = TASKS[name]
         before = 1 + len(task.head.split()) + 8 * sentences
         q, a = len(task.question.split()), len(task.answer.split())
         start = before + torch.arange(asked)[:, None] * (q + a) + q - 1
@@ -25,12 +30,14 @@ def layout(sentences: int) -> tuple[int, dict[str, torch.Tensor]]:
     return length, columns
 
 
-def make_batch(rng: Rng, rows_per_task: int, sentences: int, density: tuple[float, float]) -> torch.Tensor:
+def make_batch(
+    rng: Rng, rows_per_task: int, sentences: int, density: tuple[float, float], names: Sequence[str] = ALL
+) -> torch.Tensor:
     """int64 [tasks * rows_per_task, length], tasks in order, padded on the right with id 0."""
     asked = asked_in(sentences)
-    length, _ = layout(sentences)
+    length, _ = layout(sentences, names)
     parts = []
-    for name in TASKS:
+    for name in names:
         context, questions, answers = make(rng, name, rows_per_task, sentences, asked, density)
         row = torch.cat(
             [

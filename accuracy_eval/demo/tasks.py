@@ -26,17 +26,11 @@ from demo.words import BOS, EOS, PAD, UNK, to_words
 SENTENCE = 8  # words
 MAX_TOKENS = 4096  # of prompt and answer
 MAX_PARAGRAPHS = 99
+MOST_NAMES = 128  # different first names of a context with full names, and as many family names
+SHARED = 8  # facts that share a first name, and a family name
 
-PLACEHOLDERS = (
-    "P",
-    "B",
-    "V",
-    "O",
-    "N",
-    "L",
-    "D",
-    "#",
-)  # person, boss, place, object, noun, label, deed, number
+# person, family name, boss and its family name, place, object, noun, labels, deed, number
+PLACEHOLDERS = ("P", "F", "B", "G", "V", "O", "N", "L", "L1", "L2", "L3", "D", "#")
 FILLER = "The fs fv near the fo again ."
 
 
@@ -75,7 +69,7 @@ def _vocabulary() -> list[str]:
     groups += [w.FILLER_SUBJECTS, w.FILLER_VERBS, w.FILLER_SPOTS, map(str, range(1, MAX_PARAGRAPHS + 1))]
     found = {word for group in groups for word in group}
     for task in TASKS.values():
-        for text in (task.head, task.fact, task.question, task.answer, EMPLOYER_FACT, FILLER):
+        for text in (task.head, task.fact, task.question, task.answer, EMPLOYER_FACT, MANAGER_FACT, FILLER):
             found.update(word for word in text.split() if word not in (*PLACEHOLDERS, "fs", "fv", "fo"))
     return [PAD, BOS, EOS, UNK, *sorted(found - {EOS})]
 
@@ -85,10 +79,16 @@ class Rng:
 
     `hints` is the share of few-shot questions about nouns that examples may show. Training asks some: that a noun
     can be looked up is found out first, that its whole kind can be follows.
+
+    `ease` is how much easier than asked for the keys of several words may be, 0 to 1: a row draws how many facts
+    share a word between `SHARED` and, at 1, one. Where no fact shares a word, any word of the key finds the fact;
+    that is found out first, too.
     """
 
-    def __init__(self, device: str = "cpu", seed: int | None = None, hints: float = 0.0) -> None:
-        self.device, self.hints = device, hints
+    def __init__(
+        self, device: str = "cpu", seed: int | None = None, hints: float = 0.0, ease: float = 0.0
+    ) -> None:
+        self.device, self.hints, self.ease = device, hints, ease
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         self.ids = {word: i for i, word in enumerate(VOCABULARY)}
         self.tables: dict[str, torch.Tensor] = {}
@@ -138,6 +138,35 @@ def _asked(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int) -> t
 
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index)
+
+
+def _cells(
+    rng: Rng, rows: int, side: torch.Tensor, largest: int, dims: int, count: int
+) -> list[torch.Tensor]:
+    """`count` different cells of a cube of `dims` dimensions: its coordinates, `dims` times [rows, count].
+
+    `side` [rows, 1] is each row's length of the cube, at most `largest`; cells beyond side ** dims repeat none of
+    the first ones, and may lie outside.
+    """
+    cell = torch.arange(largest**dims, device=rng.device)
+    coordinates = [cell // largest**i % largest for i in reversed(range(dims))]
+    outside = torch.stack(coordinates).amax(0)[None] >= side
+    order = rng.uniform(rows, largest**dims).masked_fill(outside, 2.0).argsort(1)[:, :count]
+    return [order // largest**i % largest for i in reversed(range(dims))]
+
+
+def _shared(rng: Rng, rows: int) -> torch.Tensor:
+    """How many facts share a word of a key, [rows, 1]."""
+    return SHARED - (SHARED - 1) * rng.ease * rng.uniform(rows, 1)
+
+
+def _full_names(rng: Rng, rows: int, facts: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and family names of different persons, each [rows, most]; `SHARED` of `facts` persons share one."""
+    largest = min(MOST_NAMES, most)
+    side = torch.maximum((facts / _shared(rng, rows)).ceil(), facts.sqrt().ceil()).long().clamp(max=largest)
+    first, family = _cells(rng, rows, side, largest, 2, most)
+    names = rng.table("persons", w.PERSONS)[rng.different(len(w.PERSONS), rows, 2 * largest)]
+    return _at(names[:, :largest], first), _at(names[:, largest:], family)
 
 
 def homes(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
@@ -199,6 +228,56 @@ def employers(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
 EMPLOYER_FACT = "B hired P in the early spring ."
 
 
+def residents(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Keys of two words: full names, whose first and family names other persons have too."""
+    task = TASKS["residents"]
+    first, family = _full_names(rng, rows, facts, most)
+    place = rng.pick("places", w.PLACE_NOUNS, rows, most)
+    i = _asked(rng, rows, facts, asked, most)
+    return (
+        rng.fill(task.fact, (rows, most), P=first, F=family, V=place),
+        rng.fill(task.question, (rows, asked), P=_at(first, i), F=_at(family, i)),
+        rng.fill(task.answer, (rows, asked), V=_at(place, i)),
+    )
+
+
+def managers(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Two hops over full names: who employs a person, and where that one lives."""
+    task = TASKS["managers"]
+    pairs = (facts // 2).clamp(min=1)
+    half = -(-most // 2)
+    first, family = _full_names(rng, rows, pairs, half)
+    place = rng.pick("places", w.PLACE_NOUNS, rows, half)
+    shift = 1 + rng.below((pairs - 1).clamp(min=1), rows, 1)
+    boss_of = (torch.arange(half, device=rng.device)[None] + shift) % pairs
+    boss = {"B": _at(first, boss_of), "G": _at(family, boss_of)}
+    home = rng.fill(TASKS["residents"].fact, (rows, half), P=first, F=family, V=place)
+    work = rng.fill(MANAGER_FACT, (rows, half), P=first, F=family, **boss)
+    i = _asked(rng, rows, pairs, asked, half)
+    asked_boss = {name: _at(value, i) for name, value in boss.items()}
+    return (
+        torch.stack([home, work], 2).flatten(1, 2)[:, :most],
+        rng.fill(task.question, (rows, asked), P=_at(first, i), F=_at(family, i)),
+        rng.fill(task.answer, (rows, asked), V=_at(_at(place, boss_of), i), **asked_boss),
+    )
+
+
+MANAGER_FACT = "B G hired P F in spring ."
+
+
+def groups(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Several values: each person's group has a name of three words, and the answer is all of it."""
+    task = TASKS["groups"]
+    person = rng.table("persons", w.PERSONS)[rng.different(len(w.PERSONS), rows, most)]
+    name = {f"L{n}": rng.pick("labels", w.LABELS, rows, most) for n in (1, 2, 3)}
+    i = _asked(rng, rows, facts, asked, most)
+    return (
+        rng.fill(task.fact, (rows, most), P=person, **name),
+        rng.fill(task.question, (rows, asked), P=_at(person, i)),
+        rng.fill(task.answer, (rows, asked), **{n: _at(value, i) for n, value in name.items()}),
+    )
+
+
 def topics(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
     """Few-shot classification: every context makes up a label for each kind of noun; the noun is unseen."""
     task = TASKS["topics"]
@@ -239,6 +318,30 @@ def paragraphs(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
     )
 
 
+def abstracts(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+    """Passage retrieval by three words, each of which, and any two of which, other paragraphs have too."""
+    task = TASKS["abstracts"]
+    largest = len(w.DEEDS)
+    least = facts.pow(1 / 3).ceil() + 1
+    side = (
+        (least + (largest - least).clamp(min=0) * rng.ease * rng.uniform(rows, 1)).long().clamp(max=largest)
+    )
+    cell = _cells(rng, rows, side, largest, 3, most)
+    person, deed, thing = (
+        _at(rng.table(name, words)[rng.different(len(words), rows, largest)], index)
+        for (name, words), index in zip(
+            (("persons", w.PERSONS), ("deeds", w.DEEDS), ("objects", w.OBJECTS)), cell, strict=True
+        )
+    )
+    number = rng.table("numbers", [str(n) for n in range(1, MAX_PARAGRAPHS + 1)])[:most].expand(rows, most)
+    i = _asked(rng, rows, facts, asked, most)
+    return (
+        rng.fill(task.fact, (rows, most), P=person, D=deed, O=thing, **{"#": number}),
+        rng.fill(task.question, (rows, asked), P=_at(person, i), D=_at(deed, i), O=_at(thing, i)),
+        rng.fill(task.answer, (rows, asked), **{"#": _at(number, i)}),
+    )
+
+
 def _qa(head: str, fact: str, question: str, answer: str, draw: Callable, **more: int) -> Task:
     prompt = head.replace(" .", ".") + "\n\n{context}\n\nQuestion: {input}\nAnswer:"
     return Task(head, fact, f"Question : {question} ? Answer :", answer, prompt, "qa_f1", draw, **more)
@@ -269,6 +372,24 @@ TASKS: dict[str, Task] = {
         "Abstract : P D the O . Answer :", "Paragraph # </s>",
         "Find the paragraph of the abstract below.\n\n{context}\n\nAbstract: {input}\nAnswer:",
         "retrieval", paragraphs, most_facts=MAX_PARAGRAPHS,
+    ),
+    "residents": _qa(
+        "Read the notes and answer the question .", "The V is where P F lives .",
+        "Where does P F live", "the V </s>", residents,
+    ),
+    "managers": _qa(
+        "Read the letters and answer the question .", "The V is where P F lives .",
+        "Who employs P F and where", "B G in the V </s>", managers, least_facts=4,
+    ),
+    "groups": _qa(
+        "Read the notes and answer the question .", "The L1 L2 L3 group holds P .",
+        "What group has P", "the L1 L2 L3 group </s>", groups,
+    ),
+    "abstracts": Task(
+        "Find the paragraph of the abstract below .", "Paragraph # : P D the O .",
+        "Abstract : P D the O . Answer :", "Paragraph # </s>",
+        "Find the paragraph of the abstract below.\n\n{context}\n\nAbstract: {input}\nAnswer:",
+        "retrieval", abstracts, most_facts=MAX_PARAGRAPHS,
     ),
 }  # fmt: skip
 
@@ -309,7 +430,7 @@ def make(
     told, questions, answers = task.draw(rng, rows, facts, asked, most)
     # Which sentence is which fact: a random choice of places, and a random order but for numbered paragraphs.
     place = rng.uniform(rows, sentences).argsort(1)  # facts take the first `facts` of these places
-    if name == "paragraphs":
+    if task.metric == "retrieval":
         is_fact = torch.arange(sentences, device=rng.device)[None] < facts
         place = place.masked_fill(~is_fact, sentences).sort(1).values  # facts in order of place
         rest = place.new_zeros(rows, sentences + 1).scatter(1, place, 1)[:, :sentences]

@@ -21,6 +21,8 @@ from demo.tasks import MAX_TOKENS, TASKS  # noqa: E402
 from demo.tokenizer import build_tokenizer  # noqa: E402
 from demo.trainer import Trainer, train  # noqa: E402
 
+TRAINED = ("homes", "residents", "managers", "groups", "topics", "abstracts")
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -39,6 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--init", type=float, default=0.06, help="standard deviation of the first weights")
     parser.add_argument("--longest", type=int, default=448, help="sentences of the longest contexts")
+    parser.add_argument("--batch", type=float, default=1.0, help="share of the usual batch")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=TRAINED, metavar="TASK")
     parser.add_argument("--check_rows", type=int, default=40, help="rows per task of the final check")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -87,7 +91,7 @@ def main() -> None:
         model = new_model(args, tokenizer)
     model = model.to(args.device)
     model.set_attn_implementation("demo_causal")
-    train(Trainer(model, args.lr), args.minutes, args.longest)
+    train(Trainer(model, args.lr, args.tasks, args.batch), args.minutes, args.longest)
     save(model, tokenizer, args.out)
 
     # What was saved is what is checked.
@@ -95,8 +99,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=dtype).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     for tokens in (1024, 2048, 4096):
-        if tokens <= 16 + 9 * args.longest:
-            rows = [row for name in TASKS for row in make_rows(name, args.check_rows, (tokens,), 77, 0.45)]
+        if args.check_rows and tokens <= 16 + 9 * args.longest:
+            rows = [
+                row for name in args.tasks for row in make_rows(name, args.check_rows, (tokens,), 77, 0.45)
+            ]
             print(f"exact match in %, {args.check_rows} rows per task, {tokens} tokens")
             show(exact_match(model, tokenizer, tasks_json(), rows))
 

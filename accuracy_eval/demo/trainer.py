@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from demo.batches import layout, make_batch
-from demo.tasks import TASKS, Rng
+from demo.tasks import PLACEHOLDERS, TASKS, Rng
 
 #: Context curriculum: sentences of 8 words, and the share of the run after which the next length starts even if
 #: this one is not learnt.
 STAGES = ((4, 0.15), (8, 0.27), (16, 0.37), (32, 0.45), (64, 0.53), (128, 0.61), (256, 0.72), (448, 1.0))
 LEARNT = 0.975  # mean over the tasks
-HINTS = 0.5
+HINTS, EASE = 0.5, 1.0  # of Rng
 #: Tokens of a batch: looking things up is found out in many small steps, long contexts need larger ones.
 SHORT, SHORT_BATCH, LONG_BATCH = 32, 12288, 32768
 WARM_UP_STEPS = 500
@@ -37,10 +38,13 @@ AttentionInterface.register("demo_causal", _causal_attention)
 class Trainer:
     """A model, its optimizer, and on a GPU a graph of the step for each length of context."""
 
-    def __init__(self, model: LlamaForCausalLM, peak_rate: float) -> None:
-        self.model, self.peak_rate = model, peak_rate
+    def __init__(
+        self, model: LlamaForCausalLM, peak_rate: float, names: Sequence[str], batch_share: float = 1.0
+    ) -> None:
+        self.model, self.peak_rate, self.names = model, peak_rate, tuple(names)
+        self.batch_share = batch_share
         self.device = model.device.type
-        self.rng = Rng(self.device, hints=HINTS)
+        self.rng = Rng(self.device, hints=HINTS, ease=EASE)
         self.rate = torch.tensor(peak_rate, device=self.device)
         on_gpu = self.device == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -55,14 +59,14 @@ class Trainer:
         )
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         #: Share of right words by task, over the words that carry the answer; running mean. Then the loss.
-        self.right = torch.zeros(len(TASKS), device=self.device)
+        self.right = torch.zeros(len(self.names), device=self.device)
         self.loss = torch.zeros((), device=self.device)
 
     def _step(self, sentences: int) -> None:
-        length, columns = layout(sentences)
+        length, columns = layout(sentences, self.names)
         tokens = SHORT_BATCH if sentences <= SHORT else LONG_BATCH
-        rows = max(1, tokens // length // len(TASKS))
-        ids = make_batch(self.rng, rows, sentences, (0.1, 1.0))
+        rows = max(1, int(self.batch_share * tokens) // length // len(self.names))
+        ids = make_batch(self.rng, rows, sentences, (0.1, 1.0), self.names)
         self.optimizer.zero_grad(set_to_none=True)
         losses, right = [], []
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda", cache_enabled=False):
@@ -76,7 +80,7 @@ class Trainer:
                 hit = (logits.argmax(-1) == target).float().view(rows, *place.shape).mean((0, 1))
                 # The words of the answer that only the context tells.
                 parts = TASKS[name].answer.split()
-                told = [i for i, part in enumerate(parts) if part in ("V", "B", "L", "#")]
+                told = [i for i, part in enumerate(parts) if part in PLACEHOLDERS]
                 right.append(torch.stack([hit[i] for i in told]).amin())
         loss = torch.stack(losses).mean()
         loss.backward()
@@ -121,9 +125,10 @@ def train(trainer: Trainer, minutes: float, longest: int, report_seconds: float 
     """Run the curriculum for so many minutes; one step in four is on a shorter length, so none is forgotten."""
     stages = [stage for stage in STAGES if stage[0] <= longest]
     start = reported = time.perf_counter()
+    at_once = 100 if trainer.device == "cuda" else 10  # steps between looks at the clock
     step = current = entered = 0
     while (progress := (time.perf_counter() - start) / 60 / minutes) < 1:
-        for _ in range(100):
+        for _ in range(at_once):
             trainer.schedule(step, progress)
             shorter = current > 0 and step % 4 == 3
             trainer.step(stages[(step // 4) % current if shorter else current][0])
@@ -134,7 +139,7 @@ def train(trainer: Trainer, minutes: float, longest: int, report_seconds: float 
             current, entered = current + 1, step
         if time.perf_counter() - reported >= report_seconds:
             reported = time.perf_counter()
-            shares = " ".join(f"{n} {100 * r:.1f}" for n, r in zip(TASKS, right, strict=True))
+            shares = " ".join(f"{n} {100 * r:.1f}" for n, r in zip(trainer.names, right, strict=True))
             print(
                 f"{(reported - start) / 60:5.2f} min  step {step}  sentences {stages[current][0]}  "
                 f"loss {trainer.loss.item():.4f}  right: {shares}",

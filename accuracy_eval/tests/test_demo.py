@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from demo.batches import layout, make_batch
 from demo.check import answers, is_right
 from demo.make_data import DENSITY, ROWS, SEED, TASK_NAMES, TOKENS, make_row, make_rows, tasks_json
-from demo.tasks import TASKS, VOCABULARY, Rng
+from demo.tasks import PLACEHOLDERS, TASKS, VOCABULARY, Rng
 from demo.tokenizer import build_tokenizer
 from demo.words import to_text, to_words
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +29,16 @@ def solve(row: dict) -> str:
     if row["dataset"] == "homes":
         person = re.fullmatch(r"Where does (\w+) live\?", row["input"])[1]
         return re.search(rf"The (\w+) is where {person} lives now\.", text)[1]
+    if row["dataset"] == "residents":
+        name = re.fullmatch(r"Where does (\w+ \w+) live\?", row["input"])[1]
+        return re.search(rf"The (\w+) is where {name} lives\.", text)[1]
+    if row["dataset"] == "managers":
+        name = re.fullmatch(r"Who employs (\w+ \w+) and where\?", row["input"])[1]
+        boss = re.search(rf"(\w+ \w+) hired {name} in spring\.", text)[1]
+        return f"{boss} in the " + re.search(rf"The (\w+) is where {boss} lives\.", text)[1]
+    if row["dataset"] == "groups":
+        person = re.fullmatch(r"What group has (\w+)\?", row["input"])[1]
+        return re.search(rf"The (\w+ \w+ \w+ group) holds {person}\.", text)[1]
     if row["dataset"] == "stores":
         person, thing = re.fullmatch(r"Where does (\w+) keep the (\w+)\?", row["input"]).groups()
         return re.search(rf"The (\w+) holds the {thing} of {person}\.", text)[1]
@@ -36,7 +46,7 @@ def solve(row: dict) -> str:
         person = re.fullmatch(r"Who employs (\w+) and where\?", row["input"])[1]
         boss = re.search(rf"(\w+) hired {person} in the early spring\.", text)[1]
         return f"{boss} in the " + re.search(rf"The (\w+) is where {boss} lives now\.", text)[1]
-    if row["dataset"] == "paragraphs":
+    if row["dataset"] in ("paragraphs", "abstracts"):
         return re.search(rf"(Paragraph \d+): {re.escape(row['input'])}", text)[1]
     noun = re.fullmatch(r"What group has the (\w+)\?", row["input"])[1]
     from demo.words import CATEGORY_WORDS
@@ -116,7 +126,7 @@ def test_training_rows_are_prompts_with_answers():
     for index, (name, task) in enumerate(TASKS.items()):
         words = [VOCABULARY[i] for i in batch[2 * index].tolist()]
         assert words[1 : 1 + len(task.head.split())] == task.head.split()
-        pattern = [part for part in task.answer.split() if part not in "VBL#"]
+        pattern = [part for part in task.answer.split() if part not in PLACEHOLDERS]
         for answer in columns[name]:
             said = [words[column + 1] for column in answer.tolist()]
             assert said[-1] == "</s>" and set(pattern) <= set(said)
