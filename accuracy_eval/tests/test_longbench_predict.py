@@ -11,7 +11,6 @@ import time
 
 import pytest
 from benchmarks.longbench import predict, settings
-from benchmarks.longbench.generation import Predictor
 from benchmarks.longbench.tasks import Task
 from benchmarks.shared import generation, models, options, store
 from benchmarks.shared.errors import UserError
@@ -360,19 +359,13 @@ class Recorder:
         return torch.cat([options["input_ids"], torch.full_like(options["input_ids"][:, :1], 7)], dim=1)
 
 
-def predictor(recorder, **changes):
-    args = {
-        "benchmark": "", "model": "", "model_fingerprint": None, "max_length": 100, "mode": "dense",
-        "k_sparsity": 0, "v_sparsity": 0, "group_size": 32, "k_rule": None, "v_rule": None, "backend": None,
-        "residual_length": None, "chat_template": "none", "dtype": "float32", "device": "cpu", "batch_size": 1,
-    }  # fmt: skip
-    loaded = models.LoadedModel(recorder, make_tokenizer(), None)
-    return Predictor(loaded, options.Settings(**args | changes))
+def predictor(recorder):
+    return generation.Generator(models.LoadedModel(recorder, make_tokenizer(), None))
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
     recorder = Recorder()
-    answers = predictor(recorder).predict(Task("x", "{context}", 9, "qa_f1"), [{"context": "w1 w2"}])
+    answers = predictor(recorder).predict(Task("x", "{context}", 9, "qa_f1"), [{"ids": [1, 8, 9]}])
     assert answers == ["w0"]
     generation_config = recorder.generation_config
     assert generation_config.do_sample is False and generation_config.temperature is None
@@ -385,14 +378,14 @@ def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
 def test_samsum_makes_a_token_and_then_stops_at_a_newline():
     recorder = Recorder()
     task = Task("samsum", "{context}", 9, "rouge", stop_at_newline=True)
-    predictor(recorder).predict(task, [{"context": "w1 w2"}])
+    predictor(recorder).predict(task, [{"ids": [1, 8, 9]}])
     newline = make_tokenizer().encode("\n", add_special_tokens=False)[-1]
     assert recorder.options["eos_token_id"] == [2, newline] and recorder.options["min_length"] == 4
 
 
 def test_batches_are_padded_on_the_left():
     recorder = Recorder()
-    predictor(recorder).predict(Task("x", "{context}", 9, "qa_f1"), [{"context": "w1"}, {"context": "w1 w2"}])
+    predictor(recorder).predict(Task("x", "{context}", 9, "qa_f1"), [{"ids": [1, 8]}, {"ids": [1, 8, 9]}])
     assert recorder.options["input_ids"].tolist() == [[0, 1, 8], [1, 8, 9]]
     assert recorder.options["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
 

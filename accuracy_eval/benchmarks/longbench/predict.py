@@ -10,17 +10,38 @@ from pathlib import Path
 from ..shared import chat, models, options, run, store
 from ..shared.errors import UserError
 from . import data, settings
-from .generation import Predictor
+from .prompts import encode
 from .tasks import Task, select_tasks
 from .tasks import config as table
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status (2 after a message about what to put right)."""
-    return run.command(lambda: _run(settings.parse(argv)))
+    return run.command(lambda: _main(settings.parse(argv)))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _main(args: argparse.Namespace) -> None:
+    path = predict(args)
+    where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
+    script = Path(__file__).resolve().parents[2] / "eval_long_bench.py"
+    print(f"score with: {sys.executable} {script} --model {path.name}{' --e' if args.e else ''}{where}")
+
+
+def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
+    """Predict the rows of a run that its folder does not hold yet; return the folder.
+
+    Parameters
+    ----------
+    args
+        As `settings.parse` returns them.
+    memory
+        Keeps the prompts for the next run with it, if that asks the same.
+
+    Raises
+    ------
+    UserError
+        With what to put right.
+    """
     tasks = _select(args)
     rows = {task.name: data.load_rows(task, args.data_dir, longbench_e=args.e) for task in tasks}
 
@@ -52,12 +73,17 @@ def _run(args: argparse.Namespace) -> None:
         )
         print(f"predictions go to {path}")
         chat.print_unused(args.chat_template, chosen.chat_template, info.tokenizer)
+        asked = (chosen.model, chosen.model_fingerprint, chosen.max_length, chosen.chat_template)
         jobs = [
             run.Job(
                 name=task.name,
                 task=task,
                 expected=expected[task.name],
-                row=rows[task.name].rows.__getitem__,
+                row=run.remembered(
+                    functools.partial(_row, task, rows[task.name].rows, chosen, info.tokenizer),
+                    memory,
+                    *(task, rows[task.name].sha256, *asked),
+                ),
                 record=functools.partial(_record, task),
             )
             for task in tasks
@@ -65,15 +91,18 @@ def _run(args: argparse.Namespace) -> None:
         run.predict_all(
             jobs,
             folder,
-            lambda: Predictor(models.load_model(info, chosen, device), chosen),
+            lambda: models.load_model(info, chosen, device),
             batch_size=chosen.batch_size,
             advice="Lower --max_length or --batch_size, or use a larger GPU.",
         )
     finally:
         folder.close()
-    where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
-    script = Path(__file__).resolve().parents[2] / "eval_long_bench.py"
-    print(f"score with: {sys.executable} {script} --model {path.name}{' --e' if args.e else ''}{where}")
+    return path
+
+
+def _row(task: Task, rows: list[dict], chosen: options.Settings, tokenizer, index: int) -> dict:
+    limit, template = chosen.max_length, chosen.chat_template
+    return rows[index] | {"ids": encode(task, rows[index], tokenizer, max_length=limit, template=template)}
 
 
 def resolve_max_length(info: models.ModelInfo, given: int | None) -> int:

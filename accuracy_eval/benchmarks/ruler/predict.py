@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ..shared import chat, models, options, run, store
 from ..shared.errors import UserError
-from ..shared.generation import Generator
 from . import generate, settings
 from .documents import SOURCES, load_corpus
 from .tasks import Task, data_name, select_lengths, select_tasks
@@ -18,20 +18,33 @@ from .tasks import Task, data_name, select_lengths, select_tasks
 RUNS = "pred_ruler"
 
 
-class Predictor(Generator):
-    """Turns rows, as `generate.make_row` makes them, into predictions."""
-
-    def predict(self, task: Task, rows: list[dict]) -> list[str]:
-        """Return the answers to some rows of a task, generated in one batch padded on the left."""
-        return self.generate([row["ids"] for row in rows], max_new_tokens=task.max_new_tokens)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status (2 after a message about what to put right)."""
-    return run.command(lambda: _run(settings.parse(argv)))
+    return run.command(lambda: _main(settings.parse(argv)))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _main(args: argparse.Namespace) -> None:
+    path = predict(args)
+    where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
+    script = Path(__file__).resolve().parents[2] / "eval_ruler.py"
+    print(f"score with: {sys.executable} {script} --model {path.name}{where}")
+
+
+def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
+    """Predict the rows of a run that its folder does not hold yet; return the folder.
+
+    Parameters
+    ----------
+    args
+        As `settings.parse` returns them.
+    memory
+        Keeps the rows for the next run with it, if that asks the same.
+
+    Raises
+    ------
+    UserError
+        With what to put right.
+    """
     tasks = select_tasks(args.tasks)
     sources = _load_sources(tasks, args)
     info = models.inspect_model(args.model)
@@ -46,7 +59,19 @@ def _run(args: argparse.Namespace) -> None:
         template=chosen.chat_template,
         sources=sources,
     )
-    jobs = [_job(task, length, args.rows, make) for length in lengths for task in tasks]
+    asked = (args.seed, chosen.model, chosen.model_fingerprint, chosen.chat_template)
+    jobs = [
+        _job(
+            task,
+            length,
+            args.rows,
+            run.remembered(
+                functools.partial(make, task, length), memory, task.name, length, sources.digest(task), *asked
+            ),
+        )
+        for length in lengths
+        for task in tasks
+    ]
     for job in jobs:  # a row that cannot fit is told before anything is written or loaded
         job.row(0)
 
@@ -74,15 +99,13 @@ def _run(args: argparse.Namespace) -> None:
         run.predict_all(
             jobs,
             folder,
-            lambda: Predictor(models.load_model(info, chosen, device)),
+            lambda: models.load_model(info, chosen, device),
             batch_size=chosen.batch_size,
             advice="Choose shorter --lengths, lower --batch_size, or use a larger GPU.",
         )
     finally:
         folder.close()
-    where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
-    script = Path(__file__).resolve().parents[2] / "eval_ruler.py"
-    print(f"score with: {sys.executable} {script} --model {path.name}{where}")
+    return path
 
 
 def _load_sources(tasks: list[Task], args: argparse.Namespace) -> generate.Sources:
@@ -97,7 +120,7 @@ def _load_sources(tasks: list[Task], args: argparse.Namespace) -> generate.Sourc
     return sources
 
 
-def _job(task: Task, length: int, rows: int, make) -> run.Job:
+def _job(task: Task, length: int, rows: int, row: Callable[[int], dict]) -> run.Job:
     def record(index: int, row: dict, answer: str) -> dict:
         return {
             "pred": answer,
@@ -111,7 +134,7 @@ def _job(task: Task, length: int, rows: int, make) -> run.Job:
         name=data_name(task, length),
         task=task,
         expected=rows,
-        row=functools.partial(make, task, length),
+        row=row,
         record=record,
     )
 

@@ -12,10 +12,17 @@ class Generator:
     ----------
     loaded
         Model, tokenizer and how to make a cache.
+
+    Attributes
+    ----------
+    kv_bytes
+        Of the last call's pruned cache, for each row, when the answer was complete: bytes held, and bytes that a
+        dense cache would hold. None where nothing is compressed.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.model, self.tokenizer, self.make_cache = loaded.model, loaded.tokenizer, loaded.make_cache
+        self.kv_bytes: tuple[int, int] | None = None
         # A checkpoint may ask for sampling; greedy generation must not, nor warn about what it then ignores.
         generation = self.model.generation_config
         generation.do_sample, generation.num_beams = False, 1
@@ -46,6 +53,14 @@ class Generator:
             options["eos_token_id"] = end
         return options
 
+    def predict(self, task, rows: list[dict]) -> list[str]:
+        """Return the answers to some rows of a task, whose prompts are their `ids`, generated as one batch."""
+        return self.generate(
+            [list(row["ids"]) for row in rows],
+            max_new_tokens=task.max_new_tokens,
+            stop_at_newline=getattr(task, "stop_at_newline", False),  # of LongBench's tasks
+        )
+
     def generate(
         self, prompts: list[list[int]], *, max_new_tokens: int, stop_at_newline: bool = False
     ) -> list[str]:
@@ -61,13 +76,24 @@ class Generator:
         ids = torch.tensor([[self.pad] * n + p for n, p in zip(padding, prompts, strict=True)], device=device)
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
         options = self._options(longest, max_new_tokens, stop_at_newline)
-        if self.make_cache:
-            options["past_key_values"] = self.make_cache()
+        cache = self.make_cache() if self.make_cache else None
+        if cache is not None:
+            options["past_key_values"] = cache
         output = self.model.generate(input_ids=ids, attention_mask=mask, **options)
+        self.kv_bytes = None if cache is None else _bytes_held(cache, len(prompts))
         answers = [answer[longest:].tolist() for answer in output]
         if len(prompts) > 1:  # an answer that ended early is followed by padding
             answers = [_up_to_end(answer, options.get("eos_token_id") or []) for answer in answers]
         return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def _bytes_held(cache, rows: int) -> tuple[int, int] | None:
+    """Bytes of keys and values for each row: held, and in a dense cache; None of a simulated one."""
+    if cache.settings.simulate:
+        return None
+    memory = cache.memory()
+    held = memory["compressed_bytes"] + memory["window_bytes"]
+    return held // rows, memory["dense_equivalent_bytes"] // rows
 
 
 def _up_to_end(answer: list[int], end_tokens: list[int]) -> list[int]:

@@ -30,7 +30,7 @@ class ModelInfo:
 
 @dataclass
 class LoadedModel:
-    """A model ready to generate. `make_cache` makes a cache for one call; None: the model makes its own."""
+    """A model ready to generate. `make_cache` makes the pruned cache of one call; None: the cache is dense."""
 
     model: object
     tokenizer: object
@@ -189,7 +189,8 @@ def _load_pruned(info: ModelInfo, settings: Settings, options: dict) -> LoadedMo
             from model.llama import MustafarLlamaForCausalLM as PrunedModel
         else:
             from model.mistral import MustafarMistralForCausalLM as PrunedModel
-        return LoadedModel(PrunedModel.from_pretrained(info.path, **pruning, **options), info.tokenizer, None)
+        model = PrunedModel.from_pretrained(info.path, **pruning, **options)
+        return LoadedModel(model, info.tokenizer, model.new_cache)
     # A model it cannot serve is refused before it is loaded; with a copy, because the cache changes the config.
     mustafar.MustafarCache(copy.deepcopy(info.config), **pruning)
     mustafar.register()

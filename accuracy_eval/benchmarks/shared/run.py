@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import array
 import datetime
+import itertools
 import platform
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 from . import models
 from .chat import resolve_chat_template
 from .errors import UserError
+from .generation import Generator
 from .options import Settings
 from .store import RunFolder
 
@@ -31,7 +34,7 @@ class Job:
     expected
         Number of rows; they are asked for as 0 to expected - 1.
     row
-        Index -> the row. Called for the rows that are not yet predicted only.
+        Index -> the row, whose `ids` are its prompt. Called for the rows that are not yet predicted only.
     record
         (index, row, answer) -> the line that is kept; `_index` must be the index.
     """
@@ -96,8 +99,30 @@ def environment() -> dict:
     return found
 
 
+def remembered(make: Callable[[int], dict], memory: dict | None, *key: Any) -> Callable[[int], dict]:
+    """`make`, which makes a row of an index; with a `memory`, each row of one `key` once."""
+    if memory is None:
+        return make
+    made = memory.setdefault(key, {})
+
+    def row(index: int) -> dict:
+        if index not in made:
+            found = make(index)
+            made[index] = found | {
+                "ids": array.array("i", found["ids"])
+            }  # a list takes nine times the memory
+        return made[index]
+
+    return row
+
+
 def predict_all(
-    jobs: list[Job], folder: RunFolder, make_predictor: Callable[[], Any], *, batch_size: int, advice: str
+    jobs: list[Job],
+    folder: RunFolder,
+    load: Callable[[], models.LoadedModel],
+    *,
+    batch_size: int,
+    advice: str,
 ) -> None:
     """Predict the rows that the folder does not hold yet.
 
@@ -107,9 +132,8 @@ def predict_all(
         The data sets, in order.
     folder
         Where the predictions go.
-    make_predictor
-        Loads the model: called once, and not at all if nothing is left to do. What it returns has
-        `predict(task, rows) -> answers`.
+    load
+        Loads the model: called once, and not at all if nothing is left to do.
     batch_size
         Rows for each call of `predict`.
     advice
@@ -128,11 +152,12 @@ def predict_all(
         file = folder.predictions(job.name)
         left = [index for index in range(job.expected) if index not in file.done]
         if left and predictor is None:
-            predictor = make_predictor()
+            predictor = Generator(load())
         done = job.expected - len(left)
         with tqdm(total=job.expected, initial=done, desc=job.name, unit="row") as progress:
-            for start in range(0, len(left), batch_size):
-                batch = left[start : start + batch_size]
+            # Rows of a batch are the same in a run that was resumed, so that their answers are.
+            for _, group in itertools.groupby(left, lambda index: index // batch_size):
+                batch = list(group)
                 rows = [job.row(index) for index in batch]
                 try:
                     answers = predictor.predict(job.task, rows)
@@ -141,7 +166,7 @@ def predict_all(
                         f"out of memory at {job.name}, row {batch[0]}; the rows before it are kept. "
                         f"{advice}\n{error}"
                     ) from None
-                for index, row, answer in zip(batch, rows, answers, strict=True):
-                    file.append(job.record(index, row, answer))
-                    progress.update()
+                size = {} if predictor.kv_bytes is None else {"_kv_bytes": list(predictor.kv_bytes)}
+                file.append(*(job.record(*made) | size for made in zip(batch, rows, answers, strict=True)))
+                progress.update(len(batch))
         file.close()

@@ -1,6 +1,6 @@
 """The folder of a run: its config, and predictions that survive a kill at any moment.
 
-A row is one write of one complete line, then an fsync. A kill can leave at most one unfinished last line,
+A batch of rows is one write of complete lines, then an fsync. A kill can leave at most one unfinished last line,
 which the next run drops; every line carries its row's index (`_index`), so a resumed run knows what is done.
 """
 
@@ -134,26 +134,30 @@ class PredictionFile:
                 raise UserError(f"{path}, line {number}: row {index} is there twice; remove one of the lines")
             self.done.add(index)
 
-    def append(self, record: dict) -> None:
-        """Write one record and return when it is on the disk; on a full disk leave the file as it was."""
+    def append(self, *records: dict) -> None:
+        """Write records and return when they are on the disk; on a full disk leave the file as it was."""
         size = os.fstat(self._file).st_size
+        lines = b"".join(map(_line, records))
         try:
-            line = json.dumps(record, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold but UTF-8 may not
-            line = json.dumps(record).encode("ascii")
-        line += b"\n"
-        try:
-            while line:
-                line = line[os.write(self._file, line) :]
+            while lines:
+                lines = lines[os.write(self._file, lines) :]
             os.fsync(self._file)
         except OSError:
             os.ftruncate(self._file, size)
             raise
-        self.done.add(record["_index"])
+        self.done.update(record["_index"] for record in records)
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+def _line(record: dict) -> bytes:
+    try:
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold but UTF-8 may not
+        line = json.dumps(record).encode("ascii")
+    return line + b"\n"
 
 
 def replace_file(path: Path, text: str) -> None:
