@@ -1,5 +1,5 @@
-// The ops of torch.ops.mustafar: their schemas, and nothing else. ops_cpu.cpp, ops_cuda.cpp and
-// ops_cuda_compression.cpp implement them.
+// The ops of torch.ops.mustafar: their schemas, and nothing else. ops_cpu.cpp, ops_cuda.cpp,
+// ops_cuda_compression.cpp and ops_cuda_window.cpp implement them.
 #include <Python.h>
 #include <torch/library.h>
 
@@ -40,6 +40,15 @@ TORCH_LIBRARY(mustafar, m) {
       "Tensor v_bitmap, Tensor v_values, Tensor? v_offsets, Tensor? v_widths, "
       "Tensor k_window, Tensor v_window, Tensor lengths, Tensor? starts, float scale, int sliding_window, "
       "Tensor(a!)? workspace) -> Tensor",
+      pure);
+  m.def(
+      "window_advance(Tensor(a!) state, Tensor(b!) lengths, Tensor(c!) total, int residual, int flush_every, "
+      "int max_length) -> ()",
+      pure);
+  m.def(
+      "window_append(Tensor k, Tensor v, Tensor(a!) k_bitmap, Tensor(b!) k_values, Tensor(c!) v_bitmap, "
+      "Tensor(d!) v_values, Tensor(e!) k_window, Tensor(f!) v_window, Tensor state, int k_kept, int v_kept) "
+      "-> ()",
       pure);
   m.def(
       "decode_attention_workspace_size(int batch, int q_heads, int kv_heads, int head_dim, int slices, "

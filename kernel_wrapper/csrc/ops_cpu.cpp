@@ -5,7 +5,9 @@
 #include <tuple>
 
 #include "../../kernel/cpu/ops.h"
+#include "../../kernel/cpu/window_append.h"
 #include "checks.h"
+#include "checks_window.h"
 
 namespace mustafar {
 
@@ -100,6 +102,20 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k_bitmap, con
   return out;
 }
 
+void window_advance(const at::Tensor& state, const at::Tensor& lengths, const at::Tensor& total,
+                    int64_t residual, int64_t flush_every, int64_t max_length) {
+  cpu::window_advance(window_advance_params(state, lengths, total, residual, flush_every, max_length));
+}
+
+void window_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_bitmap,
+                   const at::Tensor& k_values, const at::Tensor& v_bitmap, const at::Tensor& v_values,
+                   const at::Tensor& k_window, const at::Tensor& v_window, const at::Tensor& state,
+                   int64_t k_kept, int64_t v_kept) {
+  cpu::window_append(window_append_params(k, v, k_bitmap, k_values, v_bitmap, v_values, k_window, v_window,
+                                          state, k_kept, v_kept),
+                     parallel);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mustafar, CPU, m) {
@@ -109,6 +125,8 @@ TORCH_LIBRARY_IMPL(mustafar, CPU, m) {
   m.impl("key_scores", &key_scores);
   m.impl("value_output", &value_output);
   m.impl("decode_attention", &decode_attention);
+  m.impl("window_advance", &window_advance);
+  m.impl("window_append", &window_append);
 }
 
 }  // namespace mustafar

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from mustafar.layer import CompressedKV, MustafarLayer
+from mustafar.static import StaticMustafarLayer
 
 NAME = "mustafar"
 
@@ -74,9 +75,14 @@ def mustafar_attention(
             "decoding on the compressed cache takes one query token and no dropout, "
             f"got {query.shape[2]} tokens and dropout {dropout}: call model.eval()"
         )
-    starts = _starts(attention_mask, query.shape[0], key.layer)
-    output = key.layer.attend(query[:, :, 0].contiguous(), starts, scaling, sliding_window or 0)
-    key.layer.observe(query, attention_mask, scaling, sliding_window)
+    layer = key.layer
+    if isinstance(layer, StaticMustafarLayer):
+        starts = _static_starts(attention_mask, query.shape[0], layer)
+        output = layer.attend(query[:, :, 0].contiguous(), starts, scaling, sliding_window or 0)
+        return output.unsqueeze(1), None
+    starts = _starts(attention_mask, query.shape[0], layer)
+    output = layer.attend(query[:, :, 0].contiguous(), starts, scaling, sliding_window or 0)
+    layer.observe(query, attention_mask, scaling, sliding_window)
     return output.unsqueeze(1), None
 
 
@@ -105,6 +111,34 @@ def _starts(mask: torch.Tensor | None, batch: int, layer: MustafarLayer) -> torc
     return starts
 
 
+def _static_starts(mask: torch.Tensor | None, batch: int, layer: StaticMustafarLayer) -> torch.Tensor | None:
+    """The same for a static cache: from the bool mask [B, 1, 1, max_length] of transformers, or int32
+    [B, 1, 1, 1], the first visible positions themselves, which a decode loop computes once."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.int32 and mask.shape == (batch, 1, 1, 1):
+        return mask.view(batch)
+    if (
+        mask.dtype != torch.bool
+        or mask.shape[1:] != (1, 1, layer.max_length)
+        or mask.shape[0] not in (1, batch)
+    ):
+        raise ValueError(
+            f"attention_mask: decoding on a static cache takes bool [{batch}, 1, 1, {layer.max_length}], as "
+            "transformers makes it from a 2D mask, or the first visible positions as int32 "
+            f"[{batch}, 1, 1, 1], got {mask.dtype} {list(mask.shape)}"
+        )
+    starts = mask[:, 0, 0].to(torch.int32).argmax(-1).to(torch.int32).expand(batch).contiguous()
+    if not (layer.mask_checked or torch.compiler.is_compiling() or _is_capturing(mask)):
+        _check_left_padding(mask[:, 0, 0, : int(layer.counters.total)], starts)
+        layer.mask_checked = True
+    return starts
+
+
+def _is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _check_left_padding(seen: torch.Tensor, starts: torch.Tensor) -> None:
     position = torch.arange(seen.shape[1], device=seen.device)
     wrong = (seen != (position >= starts[:, None])).any(-1)
@@ -118,7 +152,24 @@ def _check_left_padding(seen: torch.Tensor, starts: torch.Tensor) -> None:
 
 def mustafar_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The mask for `mustafar_attention`: sdpa's, or FlashAttention's 2D padding mask for a prefill that goes
-    there."""
+    there.
+
+    Raises
+    ------
+    ValueError
+        If the tokens no longer fit a static cache.
+    """
+    tokens, room = kwargs.get("attention_mask"), kwargs.get("kv_length")
+    if (
+        isinstance(kwargs.get("q_offset"), torch.Tensor)  # of a static cache
+        and tokens is not None
+        and tokens.shape[-1] > room
+    ):
+        raise ValueError(
+            f"max_length: the static cache has room for {room} tokens, and {tokens.shape[-1]} are needed. Make it "
+            "with a larger max_length, or stop there and keep the text so far with "
+            "stopping_criteria=[mustafar.StopAtMaxLength(cache)]"
+        )
     name = "flash_attention_2" if _mask_for_flash(kwargs) else "sdpa"
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
 

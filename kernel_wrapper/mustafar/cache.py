@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mustafar import attention
 from mustafar.format import MAX_HEAD_DIM
 from mustafar.layer import CacheSettings, Lengths, MustafarLayer
-from mustafar.pruning import Pruning, get_rule
+from mustafar.pruning import RULES, Pruning, get_rule
+from mustafar.static import Counters, StaticMustafarLayer
 
 BACKENDS = ("kernel", "simulate")
 
@@ -55,6 +57,13 @@ class MustafarCache(Cache):
     backend : {"kernel", "simulate"}
         "simulate" prunes the same values at the same times and returns dense tensors: it saves no memory and
         works with any attention implementation, which it leaves as it is unless a rule observes queries.
+    static : bool
+        Take the memory for `max_length` tokens at once, and decode without the host: a step can then be
+        captured in a CUDA graph, by `generate`, which compiles it, or by `mustafar.decoding`. Same tokens. Kernel
+        backend, Kt_Mag and Vt_Mag or Vt_Opt, models whose layers are all of one kind; greedy search, sampling
+        and beam search, one batch size. `reset()` makes it ready for the next prompt.
+    max_length : int, optional
+        Of a static cache: tokens of prompt and answer together.
     offloading : bool
         Not supported, must be False.
 
@@ -86,6 +95,8 @@ class MustafarCache(Cache):
         residual_length: int = 32,
         flush_every: int = 256,
         backend: str = "kernel",
+        static: bool = False,
+        max_length: int | None = None,
         offloading: bool = False,
     ) -> None:
         if offloading:
@@ -107,18 +118,25 @@ class MustafarCache(Cache):
         config = config.get_text_config(decoder=True)
         dense = self.settings.simulate and not self.settings.observes
         _check_model(config, dense)
-        super().__init__(layers=_make_layers(config, self.settings))
+        self.max_length = _check_static(self.settings, max_length) if static else None
+        if not static and max_length is not None:
+            raise ValueError("max_length is for static=True: a dynamic cache grows as needed")
+        super().__init__(layers=_make_layers(config, self.settings, self.max_length))
         if not dense:
             attention.register()
             config._attn_implementation = attention.NAME
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """-1: it grows as needed."""
-        return -1
+        """Tokens that there is room for; -1 if it grows as needed."""
+        return -1 if self.max_length is None else self.max_length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: it grows as needed."""
-        return -1
+        """Tokens that there is room for; -1 if it grows as needed."""
+        return self.get_max_cache_shape()
+
+    @property
+    def is_static(self) -> bool:
+        return self.max_length is not None
 
     def memory(self) -> dict[str, int]:
         """Bytes held by the pruned layers, keys and values together.
@@ -133,18 +151,29 @@ class MustafarCache(Cache):
         names = ("compressed_bytes", "window_bytes", "dense_equivalent_bytes", "allocated_bytes")
         total = dict.fromkeys(names, 0)
         for layer in self.layers:
-            for history in layer.histories if isinstance(layer, MustafarLayer) else ():
-                for name, size in history.nbytes().items():
+            for sizes in layer.nbytes() if isinstance(layer, (MustafarLayer, StaticMustafarLayer)) else ():
+                for name, size in sizes.items():
                     total[name] += size
         return total
 
 
-def _make_layers(config: PreTrainedConfig, settings: CacheSettings) -> list[Any]:
+def _make_layers(config: PreTrainedConfig, settings: CacheSettings, max_length: int | None) -> list[Any]:
     """transformers' own choice of layers, with those of full attention replaced."""
     layers = DynamicCache(config=config).layers
     types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     all_sliding = types == {"sliding_attention"} and getattr(config, "sliding_window", None) is not None
     replaced = (DynamicLayer, DynamicSlidingWindowLayer) if all_sliding else (DynamicLayer,)
+    if max_length is not None:
+        if not all(type(layer) in replaced for layer in layers):
+            raise NotImplementedError(
+                f"static=True: model type {config.model_type!r} mixes layers of several kinds, which takes a "
+                "dynamic cache"
+            )
+        group = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
+        shared: dict[torch.device, Counters] = {}
+        return [
+            StaticMustafarLayer(settings, index, max_length, group, shared) for index in range(len(layers))
+        ]
     lengths = Lengths()
     layers = [
         MustafarLayer(settings, index, lengths) if type(layer) in replaced else layer
@@ -156,6 +185,21 @@ def _make_layers(config: PreTrainedConfig, settings: CacheSettings) -> list[Any]
             f"model type {config.model_type!r} has no layer of full attention to prune, only {found}"
         )
     return layers
+
+
+def _check_static(settings: CacheSettings, max_length: int | None) -> int:
+    if settings.simulate:
+        raise ValueError('static=True is for backend="kernel": a simulated cache is dense and grows')
+    for rule in (settings.keys.rule, settings.values.rule):
+        if not rule.fused:
+            names = [name for name, other in RULES.items() if other.fused]
+            raise NotImplementedError(
+                f"static=True: rule {rule.name} needs the host to prune; those that do not: {', '.join(names)}"
+            )
+    if max_length is None:
+        raise ValueError("static=True needs max_length, the tokens of prompt and answer together")
+    _check_count("max_length", max_length, 1)
+    return max_length
 
 
 def _check_model(config: PreTrainedConfig, any_attention: bool) -> None:

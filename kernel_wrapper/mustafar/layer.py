@@ -110,7 +110,7 @@ class MustafarLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Take heads, head dim, dtype and device from the first tokens: a parallel rank has its own heads."""
         value_states = key_states if value_states is None else value_states
-        _check_states(key_states, value_states, self.layer_idx, self.settings.simulate)
+        check_states(key_states, value_states, self.layer_idx, self.settings.simulate)
         self.dtype, self.device = key_states.dtype, key_states.device
         kind = DenseHistory if self.settings.simulate else PackedHistory
         capacity = self.settings.window_capacity
@@ -132,7 +132,7 @@ class MustafarLayer(CacheLayerMixin):
             )
         if self.settings.check:
             for name, states in (("keys", key_states), ("values", value_states)):
-                _raise_on_nan(states, name, self.layer_idx, self.get_seq_length())
+                raise_on_nan(states, name, self.layer_idx, self.get_seq_length())
         if self.settings.observes:
             return self._update_observing(key_states, value_states)
         new = (key_states, value_states)
@@ -244,6 +244,10 @@ class MustafarLayer(CacheLayerMixin):
             query_length = query_length.shape[0]  # before transformers 5.4: the positions of the queries
         return self.get_seq_length() + int(query_length), 0
 
+    def nbytes(self) -> list[dict[str, int]]:
+        """`History.nbytes` of keys and values; nothing before the first token."""
+        return [history.nbytes() for history in self.histories]
+
     def get_max_length(self) -> int:
         return -1
 
@@ -298,8 +302,8 @@ class CompressedKV:
     Anything else that touches it gets an error instead of wrong numbers.
     """
 
-    def __init__(self, layer: MustafarLayer) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer  # a MustafarLayer or a StaticMustafarLayer
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -323,7 +327,7 @@ def _refuse_use(what: str) -> NoReturn:
     )
 
 
-def _check_states(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, simulate: bool) -> None:
+def check_states(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, simulate: bool) -> None:
     """Refuse what the format or the kernels do not support, naming the layer."""
     where = f"layer {layer_idx}"
     if keys.dim() != 4 or keys.shape != values.shape:
@@ -342,7 +346,7 @@ def _check_states(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, simu
         )
 
 
-def _raise_on_nan(states: torch.Tensor, name: str, layer_idx: int, first: int) -> None:
+def raise_on_nan(states: torch.Tensor, name: str, layer_idx: int, first: int) -> None:
     """MUSTAFAR_CHECK=1: name where a NaN entered."""
     found = states.isnan()
     if found.any():

@@ -18,6 +18,9 @@ _ops = torch.ops.mustafar
 
 Optional = torch.Tensor | None
 
+#: Entries of the counters of a static cache that Python reads; kernel/window.h has them all.
+WINDOW_PACKED, WINDOW_HELD, WINDOW_PRUNED, WINDOW_OVERFLOW, WINDOW_ENTRIES = 0, 1, 2, 7, 8
+
 
 def prune_compress(x: torch.Tensor, k: int) -> CompressedTensor:
     """Keep the `k` largest magnitudes of every row and pack them (uniform layout).
@@ -118,6 +121,62 @@ def decode_attention_workspace(
     return torch.empty(size, dtype=torch.uint8, device=q.device)
 
 
+def window_advance(
+    state: torch.Tensor,
+    lengths: torch.Tensor,
+    total: torch.Tensor,
+    residual: int,
+    flush_every: int,
+    max_length: int,
+) -> None:
+    """Count one more token of a static cache, in place and on its device; kernel/window.h names the counters.
+
+    Parameters
+    ----------
+    state : Tensor, int32 [WINDOW_ENTRIES]
+        The counters, and what this step does: read by `window_append`.
+    lengths : Tensor, int32 [B, 2]
+        Set to the compressed and the window tokens of every sequence, as `decode_attention` takes them.
+    total : Tensor, int64, one element
+        Set to the tokens held.
+    residual, flush_every : int
+        When `flush_every` tokens have gathered beyond `residual`, the step prunes all but `residual` first.
+    max_length : int
+        A token beyond it is dropped and counted in ``state[WINDOW_OVERFLOW]``.
+    """
+    _ops.window_advance(state, lengths, total, residual, flush_every, max_length)
+
+
+def window_append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_store: CompressedTensor,
+    v_store: CompressedTensor,
+    k_window: torch.Tensor,
+    v_window: torch.Tensor,
+    state: torch.Tensor,
+    k_kept: int,
+    v_kept: int,
+) -> None:
+    """Do to one layer of a static cache what `window_advance` decided, in place, without the host.
+
+    Parameters
+    ----------
+    k, v : Tensor [B, Hkv, 1, D]
+        The token to add.
+    k_store, v_store : CompressedTensor
+        Room for all slices, uniform layout, for `k_kept` and `v_kept` values per row.
+    k_window, v_window : Tensor [B, Hkv, capacity, D]
+    state : Tensor, int32 [WINDOW_ENTRIES]
+    k_kept, v_kept : int
+        Values kept per pruned row, as in `prune_compress`.
+    """
+    _ops.window_append(
+        k, v, k_store.bitmap, k_store.values, v_store.bitmap, v_store.values, k_window, v_window, state,
+        k_kept, v_kept,
+    )  # fmt: skip
+
+
 def _fake_bitmap(x: torch.Tensor) -> torch.Tensor:
     b, h, t, d = x.shape
     return x.new_empty((b, h, slices_for(t), SLICE_TOKENS, words_for(d)), dtype=torch.int64)
@@ -182,6 +241,16 @@ def _(
 @torch.library.register_fake("mustafar::decode_attention")
 def _(q: torch.Tensor, *args):
     return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("mustafar::window_advance")
+def _(*args) -> None:
+    return None
+
+
+@torch.library.register_fake("mustafar::window_append")
+def _(*args) -> None:
+    return None
 
 
 def _register_triton() -> None:
