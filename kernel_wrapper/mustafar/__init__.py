@@ -18,10 +18,28 @@ if TYPE_CHECKING:
     from mustafar import ops, pruning, reference
     from mustafar.attention import register
     from mustafar.cache import MustafarCache
+    from mustafar.decoding import Decoder, Sampling, StopAtMaxLength
 
-__all__ = ["CompressedTensor", "MustafarCache", "num_kept", "ops", "pruning", "reference", "register"]
+__all__ = [
+    "CompressedTensor",
+    "Decoder",
+    "MustafarCache",
+    "Sampling",
+    "StopAtMaxLength",
+    "num_kept",
+    "ops",
+    "pruning",
+    "reference",
+    "register",
+]
 
-_FOUND_IN = {"MustafarCache": "mustafar.cache", "register": "mustafar.attention"}
+_FOUND_IN = {
+    "Decoder": "mustafar.decoding",
+    "MustafarCache": "mustafar.cache",
+    "Sampling": "mustafar.decoding",
+    "StopAtMaxLength": "mustafar.decoding",
+    "register": "mustafar.attention",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -159,17 +159,16 @@ def mustafar_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     ValueError
         If the tokens no longer fit a static cache.
     """
-    tokens, room = kwargs.get("attention_mask"), kwargs.get("kv_length")
-    if (
-        isinstance(kwargs.get("q_offset"), torch.Tensor)  # of a static cache
-        and tokens is not None
-        and tokens.shape[-1] > room
-    ):
-        raise ValueError(
-            f"max_length: the static cache has room for {room} tokens, and {tokens.shape[-1]} are needed. Make it "
-            "with a larger max_length, or stop there and keep the text so far with "
-            "stopping_criteria=[mustafar.StopAtMaxLength(cache)]"
-        )
+    held, room = kwargs.get("q_offset"), kwargs.get("kv_length")
+    if isinstance(held, torch.Tensor) and not torch.compiler.is_compiling():  # of a static cache
+        # It waits for the device, as `generate` does anyway to see whether all sequences have ended.
+        tokens = int(held) + kwargs.get("q_length", 1)
+        if tokens > room:
+            raise ValueError(
+                f"max_length: the static cache has room for {room} tokens, and {tokens} are needed. Make it with a "
+                "larger max_length, or stop there and keep the text so far with "
+                "stopping_criteria=[mustafar.StopAtMaxLength(cache)]"
+            )
     name = "flash_attention_2" if _mask_for_flash(kwargs) else "sdpa"
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
 

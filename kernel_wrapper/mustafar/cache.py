@@ -138,6 +138,14 @@ class MustafarCache(Cache):
     def is_static(self) -> bool:
         return self.max_length is not None
 
+    def expect_decoding(self) -> None:
+        """Let an empty static cache take single tokens as decoded ones, not as prompts: for capturing a step
+        before there is a prompt. `reset()` ends it."""
+        for layer in self.layers:
+            if not (isinstance(layer, StaticMustafarLayer) and layer.is_initialized):
+                raise RuntimeError("expect_decoding is for a static cache that has seen a token")
+            layer.filled = True
+
     def memory(self) -> dict[str, int]:
         """Bytes held by the pruned layers, keys and values together.
 

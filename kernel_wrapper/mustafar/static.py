@@ -28,15 +28,16 @@ class Counters:
         Compressed and window tokens of every sequence.
     total : Tensor, int64
         Tokens held.
-    workspace : Tensor or None
-        For decode attention, which must not allocate inside a capture.
+    workspace : Tensor, uint8
+        For decode attention, which must not allocate inside a capture. Empty on a CPU, not None: torch.compile
+        fails on an argument that an op might write and that is None.
     """
 
     def __init__(self, batch: int, device: torch.device, leader: int) -> None:
         self.state = torch.zeros(ops.WINDOW_ENTRIES, dtype=torch.int32, device=device)
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=device)
         self.total = torch.zeros((), dtype=torch.int64, device=device)
-        self.workspace: torch.Tensor | None = None
+        self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
         self.leader = leader  # the first layer on the device: it advances the counters
         self.before = (
             0,
@@ -48,11 +49,10 @@ class Counters:
 
     def reserve(self, query: torch.Tensor, kv_heads: int, slices: int, capacity: int) -> None:
         """Make the workspace large enough for queries like `query` [B, H, D]."""
-        if query.is_cuda:
-            needed = ops.decode_attention_workspace(query, kv_heads, slices, capacity)
-            if self.workspace is None or self.workspace.nbytes < needed.nbytes:
-                self.workspace = needed
-                mark_static(needed)
+        needed = ops.decode_attention_workspace(query, kv_heads, slices, capacity)
+        if self.workspace.nbytes < needed.nbytes:
+            self.workspace = needed
+            mark_static(needed)
 
     def put(self, packed: int, window: int, pruned: int) -> None:
         """Set what is held, from the host, without waiting for the device."""
