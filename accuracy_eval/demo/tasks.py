@@ -16,6 +16,7 @@ captured step, and the bundled rows come from the same functions with a seeded g
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -234,10 +235,11 @@ def residents(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
     first, family = _full_names(rng, rows, facts, most)
     place = rng.pick("places", w.PLACE_NOUNS, rows, most)
     i = _asked(rng, rows, facts, asked, most)
+    key = {"P": _at(first, i), "F": _at(family, i)}
     return (
         rng.fill(task.fact, (rows, most), P=first, F=family, V=place),
-        rng.fill(task.question, (rows, asked), P=_at(first, i), F=_at(family, i)),
-        rng.fill(task.answer, (rows, asked), V=_at(place, i)),
+        rng.fill(task.question, (rows, asked), **key),
+        rng.fill(task.answer, (rows, asked), V=_at(place, i), **key),
     )
 
 
@@ -254,15 +256,16 @@ def managers(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
     home = rng.fill(TASKS["residents"].fact, (rows, half), P=first, F=family, V=place)
     work = rng.fill(MANAGER_FACT, (rows, half), P=first, F=family, **boss)
     i = _asked(rng, rows, pairs, asked, half)
+    key = {"P": _at(first, i), "F": _at(family, i)}
     asked_boss = {name: _at(value, i) for name, value in boss.items()}
     return (
         torch.stack([home, work], 2).flatten(1, 2)[:, :most],
-        rng.fill(task.question, (rows, asked), P=_at(first, i), F=_at(family, i)),
-        rng.fill(task.answer, (rows, asked), V=_at(_at(place, boss_of), i), **asked_boss),
+        rng.fill(task.question, (rows, asked), **key),
+        rng.fill(task.answer, (rows, asked), V=_at(_at(place, boss_of), i), **key, **asked_boss),
     )
 
 
-MANAGER_FACT = "B G hired P F in spring ."
+MANAGER_FACT = "The ledger has P F B G ."
 
 
 def groups(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
@@ -271,16 +274,17 @@ def groups(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
     person = rng.table("persons", w.PERSONS)[rng.different(len(w.PERSONS), rows, most)]
     name = {f"L{n}": rng.pick("labels", w.LABELS, rows, most) for n in (1, 2, 3)}
     i = _asked(rng, rows, facts, asked, most)
+    key = {"P": _at(person, i)}
     return (
         rng.fill(task.fact, (rows, most), P=person, **name),
-        rng.fill(task.question, (rows, asked), P=_at(person, i)),
-        rng.fill(task.answer, (rows, asked), **{n: _at(value, i) for n, value in name.items()}),
+        rng.fill(task.question, (rows, asked), **key),
+        rng.fill(task.answer, (rows, asked), **key, **{n: _at(value, i) for n, value in name.items()}),
     )
 
 
-def topics(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
+def topics(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int, name: str = "topics"):
     """Few-shot classification: every context makes up a label for each kind of noun; the noun is unseen."""
-    task = TASKS["topics"]
+    task = TASKS[name]
     nouns = rng.table("nouns", [word for words in w.CATEGORY_WORDS.values() for word in words])
     nouns = nouns.view(len(w.CATEGORY_WORDS), -1)  # [kinds, 12]
     shown = 8  # of each kind; the others are asked for
@@ -299,7 +303,7 @@ def topics(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
     return (
         rng.fill(task.fact, (rows, most), N=noun, L=_at(label_of, turn)),
         rng.fill(task.question, (rows, asked), N=new),
-        rng.fill(task.answer, (rows, asked), L=_at(label_of, i)),
+        rng.fill(task.answer, (rows, asked), L=_at(label_of, i), N=new),
     )
 
 
@@ -333,18 +337,22 @@ def abstracts(rng: Rng, rows: int, facts: torch.Tensor, asked: int, most: int):
             (("persons", w.PERSONS), ("deeds", w.DEEDS), ("objects", w.OBJECTS)), cell, strict=True
         )
     )
-    number = rng.table("numbers", [str(n) for n in range(1, MAX_PARAGRAPHS + 1)])[:most].expand(rows, most)
+    number = rng.table("numbers", [str(n) for n in range(1, MAX_PARAGRAPHS + 1)])
+    number = number[rng.different(MAX_PARAGRAPHS, rows, most)]
     i = _asked(rng, rows, facts, asked, most)
+    key = {"P": _at(person, i), "D": _at(deed, i), "O": _at(thing, i)}
     return (
         rng.fill(task.fact, (rows, most), P=person, D=deed, O=thing, **{"#": number}),
-        rng.fill(task.question, (rows, asked), P=_at(person, i), D=_at(deed, i), O=_at(thing, i)),
-        rng.fill(task.answer, (rows, asked), **{"#": _at(number, i)}),
+        rng.fill(task.question, (rows, asked), **key),
+        rng.fill(task.answer, (rows, asked), **key, **{"#": _at(number, i)}),
     )
 
 
-def _qa(head: str, fact: str, question: str, answer: str, draw: Callable, **more: int) -> Task:
+def _qa(
+    head: str, fact: str, question: str, answer: str, draw: Callable, metric: str = "qa_f1", **more: int
+) -> Task:
     prompt = head.replace(" .", ".") + "\n\n{context}\n\nQuestion: {input}\nAnswer:"
-    return Task(head, fact, f"Question : {question} ? Answer :", answer, prompt, "qa_f1", draw, **more)
+    return Task(head, fact, f"Question : {question} ? Answer :", answer, prompt, metric, draw, **more)
 
 
 TASKS: dict[str, Task] = {
@@ -374,22 +382,26 @@ TASKS: dict[str, Task] = {
         "retrieval", paragraphs, most_facts=MAX_PARAGRAPHS,
     ),
     "residents": _qa(
-        "Read the notes and answer the question .", "The V is where P F lives .",
-        "Where does P F live", "the V </s>", residents,
+        "Read the ledger and answer the question .", "The ledger now has P F V .",
+        "Where does P F live", "P F V </s>", residents, "exact_match",
     ),
     "managers": _qa(
-        "Read the letters and answer the question .", "The V is where P F lives .",
-        "Who employs P F and where", "B G in the V </s>", managers, least_facts=4,
+        "Read the ledger and answer the question .", "The ledger now has P F V .",
+        "Who employs P F and where", "P F B G V </s>", managers, "exact_match", least_facts=4,
     ),
     "groups": _qa(
-        "Read the notes and answer the question .", "The L1 L2 L3 group holds P .",
-        "What group has P", "the L1 L2 L3 group </s>", groups,
+        "Read the notes and answer the question .", "The group holds P L1 L2 L3 .",
+        "What group has P", "P L1 L2 L3 </s>", groups, "exact_match",
+    ),
+    "kinds": _qa(
+        "Read the examples and answer the question .", "The group now has the N L .",
+        "What group has the N", "N L </s>", functools.partial(topics, name="kinds"), "exact_match",
     ),
     "abstracts": Task(
-        "Find the paragraph of the abstract below .", "Paragraph # : P D the O .",
-        "Abstract : P D the O . Answer :", "Paragraph # </s>",
+        "Find the paragraph of the abstract below .", "Abstract : P D the O # .",
+        "Abstract : P D the O . Answer :", "P D the O # </s>",
         "Find the paragraph of the abstract below.\n\n{context}\n\nAbstract: {input}\nAnswer:",
-        "retrieval", abstracts, most_facts=MAX_PARAGRAPHS,
+        "exact_match", abstracts, most_facts=MAX_PARAGRAPHS,
     ),
 }  # fmt: skip
 
@@ -430,7 +442,7 @@ def make(
     told, questions, answers = task.draw(rng, rows, facts, asked, most)
     # Which sentence is which fact: a random choice of places, and a random order but for numbered paragraphs.
     place = rng.uniform(rows, sentences).argsort(1)  # facts take the first `facts` of these places
-    if task.metric == "retrieval":
+    if name == "paragraphs":
         is_fact = torch.arange(sentences, device=rng.device)[None] < facts
         place = place.masked_fill(~is_fact, sentences).sort(1).values  # facts in order of place
         rest = place.new_zeros(rows, sentences + 1).scatter(1, place, 1)[:, :sentences]

@@ -191,3 +191,9 @@ def code_sim_score(prediction: str, truth: str, classes: Sequence[str] | None = 
     lines = prediction.lstrip("\n").split("\n")
     code = (line for line in lines if not any(mark in line for mark in ("`", "#", "//")))
     return fuzzy_ratio(next(code, ""), truth) / 100
+
+
+@_metric("exact_match")
+def exact_match_score(prediction: str, truth: str, classes: Sequence[str] | None = None) -> float:
+    """Whether the prediction is the answer and nothing else. Not one of LongBench's: for tasks of a tasks.json."""
+    return float(prediction.strip() == truth.strip())

@@ -25,6 +25,16 @@ LONGBENCH_E = [name for name in ENGLISH if name not in ("narrativeqa", "musique"
 #: Shorthands `--datasets` accepts beside single names.
 GROUPS = {"all": NAMES, "en": ENGLISH, "zh": CHINESE}
 
+#: The paper's tables show these groups; the Chinese sets join those of their kind.
+GROUPS_OF_PAPER = {
+    "Single-Doc QA": ["narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"],
+    "Multi-Doc QA": ["hotpotqa", "2wikimqa", "musique", "dureader"],
+    "Summarization": ["gov_report", "qmsum", "multi_news", "vcsum"],
+    "Few-shot": ["trec", "triviaqa", "samsum", "lsht"],
+    "Synthetic": ["passage_count", "passage_retrieval_en", "passage_retrieval_zh"],
+    "Code": ["lcc", "repobench-p"],
+}
+
 # Few-shot and code sets, which the benchmark asks without a chat template ...
 _WITHOUT_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 # ... and those of them of which only the answer's first line is scored.

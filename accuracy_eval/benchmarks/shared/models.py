@@ -126,10 +126,14 @@ def resolve_dtype(info: ModelInfo, given: str | None, device: str) -> str:
     return stored if stored in DTYPES and stored != "float32" else "float16"
 
 
+def pruned_mode(info: ModelInfo) -> str:
+    """Return the mode that runs a model with a pruned cache."""
+    return _MODE_OF.get(info.config.model_type, "mustafar")
+
+
 def check_mode(info: ModelInfo, mode: str) -> None:
     """Refuse a mode that is made for another architecture, naming the right one."""
-    kind = info.config.model_type
-    right = _MODE_OF.get(kind, "mustafar")
+    kind, right = info.config.model_type, pruned_mode(info)
     if mode != "dense" and mode != right:
         raise UserError(
             f"mode {mode} is not for {info.name}, a model of type {kind}; use mode {right} (or dense)"

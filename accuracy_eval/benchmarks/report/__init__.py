@@ -1,0 +1,1 @@
+"""Scored runs side by side: intervals, tables in Markdown and CSV, plots."""

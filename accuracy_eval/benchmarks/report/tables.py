@@ -1,0 +1,169 @@
+"""The tables of a report: columns are groups of data sets, rows are runs; Markdown for people, CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+
+from ..longbench.tasks import GROUPS_OF_PAPER
+from ..ruler.tasks import parse_data_name
+from .intervals import Estimate, Resampled
+from .published import Published
+from .runs import Run
+
+AVERAGE = "Average"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Comparable runs with their data sets, ready to be shown."""
+
+    runs: list[Run]
+    names: list[str]
+    resampled: Resampled
+    published: list[Published]
+
+    @property
+    def base(self) -> Run | None:
+        """The dense run, which differences are to."""
+        return next((run for run in self.runs if run.is_dense), None)
+
+    def columns(self) -> dict[str, list[str]]:
+        """The groups of the table and their data sets, the average last.
+
+        LongBench's data sets come in the paper's groups, RULER's tasks by length, others one by one.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            groups.setdefault(self._group(name), []).append(name)
+        order = [group for group in GROUPS_OF_PAPER if group in groups]
+        columns = {group: groups[group] for group in (*order, *(g for g in groups if g not in order))}
+        return columns | {AVERAGE: self.names}
+
+    def _group(self, name: str) -> str:
+        if self.runs[0].config["benchmark"] == "ruler":
+            length = parse_data_name(name)[1]
+            return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+        return next((group for group, members in GROUPS_OF_PAPER.items() if name in members), name)
+
+    def rows_of(self, name: str) -> int:
+        return len(self.runs[0].scores[name])
+
+
+def markdown(report: Report, title: str) -> str:
+    """Return the report as Markdown: the table by group, then every data set with its interval."""
+    config = report.runs[0].config
+    rows = sorted({report.rows_of(name) for name in report.names})
+    count = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+    pruned = next((run.config for run in report.runs if not run.is_dense), None)
+    facts = [f"{len(report.names)} data sets of {count} rows", f"{config['dtype']} on {config['device']}"]
+    if config.get("max_length"):
+        facts.insert(1, f"prompts up to {config['max_length']} tokens")
+    if pruned:
+        facts.append(f"dense window {pruned['residual_length']}")
+    parts = [f"# {title}", "", f"Scores in %, {', '.join(facts)}.", "", _by_group(report), ""]
+    notes = ["KV bytes: what the cache held of a dense one's bytes, window included, measured on these rows."]
+    if report.base:
+        notes.append(
+            "Difference: of the averages, to the dense run, with the 95 % interval of the paired bootstrap over rows."
+        )
+    notes += dict.fromkeys(f"Published figures: {row.source}." for row in report.published)
+    parts += [" ".join(notes), ""]
+    parts += ["## By data set, with 95 % intervals", "", _by_name(report), ""]
+    parts += ["Intervals are Wilson's where answers are right or wrong, else the bootstrap's.", ""]
+    return "\n".join(parts)
+
+
+def _by_group(report: Report) -> str:
+    columns = report.columns()
+    head = ["configuration", "KV bytes", *columns]
+    if report.base:
+        head.append("difference")
+    lines = [head]
+    for run in report.runs:
+        cells = [run.label, _share(run)]
+        cells += [f"{report.resampled.mean(run, names).score:.2f}" for names in columns.values()]
+        if report.base:
+            same = run is report.base
+            cells.append("" if same else _difference(report, run))
+        lines.append(cells)
+        for row in report.published:
+            if row.label == run.label:
+                cells = [f"{row.label}, published", ""]
+                cells += [f"{row.scores[name]:.2f}" if name in row.scores else "-" for name in columns]
+                lines.append(cells + [""] * (len(head) - len(cells)))
+    return _grid(lines)
+
+
+def _difference(report: Report, run: Run) -> str:
+    found = report.resampled.difference(run, report.base, report.names)
+    return f"{found.score:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def _by_name(report: Report) -> str:
+    lines = [["configuration", *report.names]]
+    for run in report.runs:
+        found = [report.resampled.mean(run, [name]) for name in report.names]
+        lines.append([run.label, *(f"{e.score:.1f} [{e.low:.1f}, {e.high:.1f}]" for e in found)])
+    return _grid(lines)
+
+
+def _share(run: Run) -> str:
+    return "not measured" if run.kv_share is None else f"{100 * run.kv_share:.1f} %"
+
+
+def _grid(lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    cells = [
+        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
+
+
+CSV_HEAD = (
+    "configuration,source,k_rule,k_sparsity,v_rule,v_sparsity,backend,kv_share,kind,name,rows,score,low,high,"
+    "difference,difference_low,difference_high"
+).split(",")
+
+
+def as_csv(report: Report) -> str:
+    """Return every score with its interval, a line for each configuration and data set, group or average."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_HEAD)
+    columns = report.columns()
+    for run in report.runs:
+        config = run.config
+        what = [run.label, "measured", config["k_rule"], config["k_sparsity"], config["v_rule"]]
+        what += [
+            config["v_sparsity"],
+            config["backend"],
+            "" if run.kv_share is None else f"{run.kv_share:.4f}",
+        ]
+        lines = [("data set", name, [name]) for name in report.names]
+        lines += [
+            ("average" if group == AVERAGE else "group", group, names)
+            for group, names in columns.items()
+            if group not in report.names
+        ]
+        for kind, name, names in lines:
+            rows = sum(report.rows_of(member) for member in names)
+            cells = [kind, name, rows, *_numbers(report.resampled.mean(run, names))]
+            if report.base and run is not report.base:
+                cells += _numbers(report.resampled.difference(run, report.base, names))
+            else:
+                cells += ["", "", ""]
+            writer.writerow([*what, *cells])
+    for row in report.published:
+        for name, score in row.scores.items():
+            writer.writerow(
+                [row.label, f"published: {row.source}", *[""] * 6, "group", name, "", score, *[""] * 5]
+            )
+    return out.getvalue()
+
+
+def _numbers(estimate: Estimate) -> list[str]:
+    return [f"{value:.2f}" for value in (estimate.score, estimate.low, estimate.high)]
