@@ -267,9 +267,9 @@ class Decoder:
         if self.captures or not self.uses_graph:
             return
         self.cache.reset()
+        self._forward(self.ids, self.positions, None)  # makes the cache take its memory
+        self.cache.reset()
         with fused(self.model, self.cache) if self.fuse else contextlib.nullcontext():
-            self._forward(self.ids, self.positions, None)  # makes the cache take its memory
-            self.cache.reset()
             if isinstance(self.cache, MustafarCache):
                 self.cache.expect_decoding()
             side = torch.cuda.Stream(self.device)

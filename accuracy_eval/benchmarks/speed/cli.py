@@ -1,0 +1,163 @@
+"""The command line of mem_spd_test.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..shared.errors import UserError
+from .modes import HELP, Mode, parse
+from .presets import PRESETS
+
+SECTIONS = ("steps", "generation", "largest")
+DEFAULT_MODES = ["dense", "dense-static", "dense-flash", "mustafar-0.5", "mustafar-0.7"]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="mem_spd_test.py",
+        description="Memory and speed of generation. Sections: steps (decode steps on a cache filled at random), "
+        "generation (real prompts: time to first token, tokens per second, peak memory), largest (the largest "
+        "batch whose cache fits, and its throughput).",
+        epilog=f"modes:\n{HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--model", default="llama-3-8b", help=f"{', '.join(PRESETS)} (random weights), or a checkpoint"
+    )
+    p.add_argument("--modes", nargs="+", default=DEFAULT_MODES, metavar="MODE", help="see below")
+    p.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
+    p.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    p.add_argument("--context", type=int, default=8192, help="tokens of the prompt (default 8192)")
+    p.add_argument("--new", nargs="+", type=int, default=[512, 1024, 2048], help="new tokens of a generation")
+    p.add_argument(
+        "--generation_batch", nargs="+", type=int, help="batches of the generation (default: the first)"
+    )
+    p.add_argument("--steps", type=int, default=256, help="steps timed (default 256: one of them prunes)")
+    p.add_argument("--repeats", type=int, default=3, help="prompts timed for the time to first token")
+    p.add_argument("--mlp_tokens", type=int, help="tokens of a prompt that an MLP takes at once")
+    p.add_argument("--dtype", default=None, choices=("float16", "bfloat16", "float32"))
+    p.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    p.add_argument("--out", type=Path, default=Path("speed"), help="folder for mem_spd.csv and plots")
+    p.add_argument("--json", action="store_true", help="print the rows as JSON lines instead of text")
+    p.add_argument("--no_plots", action="store_true")
+    p.add_argument("--quick", action="store_true", help="few steps, short generations: a smoke run")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"mem_spd_test.py: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..shared.models import resolve_device
+    from . import presets, report
+    from .measure import DoesNotFit, bandwidth, generation_rows, largest_row, step_row
+
+    modes = [parse(name) for name in args.modes]
+    if args.quick:
+        args.steps, args.new, args.repeats = min(args.steps, 32), [min(args.new[0], 32)], 1
+    for name in ("context", "steps", "repeats"):
+        _positive(name, getattr(args, name))
+    for name in ("batch", "new", "generation_batch"):
+        for value in getattr(args, name) or []:
+            _positive(name, value)
+    marks = sorted(set(args.new))
+    if marks[0] < 2:
+        raise UserError("--new: at least 2, for a speed to be measured")
+    device = torch.device(resolve_device(args.device))
+    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    if device.type == "cuda" and dtype == "float32":
+        raise UserError("--dtype float32: the GPU kernels take float16 and bfloat16")
+    if "largest" in args.sections and device.type != "cuda":
+        args.sections = [section for section in args.sections if section != "largest"]
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    say = _silent if args.json else _say
+    model = presets.load(args.model, dtype, str(device))
+    speed = bandwidth(device)
+    about = {"model": args.model} | report.machine(device, dtype)
+    say(f"{args.model}, {dtype}, {about['device']}, copies at {speed / 1e12:.3f} TB/s")
+    rows: list[report.Row] = []
+
+    def add(row: report.Row) -> None:
+        rows.append(about | row)
+        report.write_csv(rows, args.out / "mem_spd.csv")  # a run that is stopped leaves what it has
+        print(json.dumps(rows[-1]) if args.json else f"  {report.line(rows[-1])}", flush=True)
+
+    def attempt(section: str, mode: Mode, batch: int, measure: Callable[[], list[report.Row]]) -> None:
+        try:
+            for row in measure():
+                add(row)
+        except DoesNotFit:
+            note = f"does not fit the memory of {about['device']}; the largest section says what does"
+            add(
+                {"section": section, "mode": mode.name, "batch": batch, "context": args.context, "note": note}
+            )
+        except (RuntimeError, NotImplementedError, TypeError) as error:  # others go on
+            note = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            add(
+                {"section": section, "mode": mode.name, "batch": batch, "context": args.context, "note": note}
+            )
+
+    def progress(text: str) -> None:
+        say(f"    {text}")
+
+    if "steps" in args.sections:
+        say("decode steps on a filled cache")
+        for batch in args.batch:
+            for mode in modes:
+                attempt(
+                    "steps", mode, batch,
+                    lambda: [step_row(model, mode, batch, args.context, args.steps, speed)],  # noqa: B023
+                )  # fmt: skip
+        say(report.comparison(rows))
+    if "generation" in args.sections:
+        say("whole generations")
+        for batch in args.generation_batch or args.batch[:1]:
+            for mode in modes:
+                attempt(
+                    "generation", mode, batch,
+                    lambda: generation_rows(
+                        model, mode, batch, args.context, marks, args.repeats, args.mlp_tokens, progress  # noqa: B023
+                    ),
+                )  # fmt: skip
+    if "largest" in args.sections:
+        say("largest batches")
+        for mode in modes:
+            if mode.loop == "decoder":
+                attempt(
+                    "largest", mode, 0,
+                    lambda: [largest_row(model, mode, args.context, min(args.steps, 64), speed, progress)],  # noqa: B023
+                )  # fmt: skip
+    if not args.no_plots:
+        try:
+            say("written: " + ", ".join(str(path) for path in report.draw(rows, args.out)))
+        except ModuleNotFoundError:
+            say("no plots: matplotlib is not installed")
+    failed = [row for row in rows if str(row.get("note", "")).startswith("failed")]
+    return 1 if failed else 0
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"--{name}: expected at least 1, got {value}")
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}" if not text.startswith(" ") else text, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass

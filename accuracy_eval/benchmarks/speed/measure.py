@@ -1,0 +1,332 @@
+"""Timed runs: decode steps on a filled cache, whole generations, and the largest batch that fits."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .modes import Mode, Shape
+
+Row = dict[str, Any]
+CHUNK = 16  # steps timed together, so that reading the clock costs nothing
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+class DoesNotFit(Exception):
+    """A batch for which there is no memory."""
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def held(device: torch.device) -> int:
+    """Bytes that the allocator has given out; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextlib.contextmanager
+def clean(device: torch.device) -> Iterator[None]:
+    """Leaves no memory behind, and turns the allocator's error into `DoesNotFit`."""
+    failed = False
+    try:
+        yield
+    except OUT_OF_MEMORY:
+        failed = True
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    if failed:
+        raise DoesNotFit from None
+
+
+def quantile(values: list[float], q: float) -> float:
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def fill(cache: Any, model: Any, shape: Shape, batch: int, tokens: int) -> None:
+    """Random keys and values of a prompt, the same for every sequence: no prompt has to be computed."""
+    g = torch.Generator(model.device).manual_seed(0)
+    size = (2, 1, shape.kv_heads, tokens, shape.head_dim)
+    x = torch.randn(size, generator=g, dtype=model.dtype, device=model.device)
+    keys, values = (part.expand(batch, -1, -1, -1) for part in x)
+    for index in range(shape.layers):
+        cache.update(keys, values, index)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy, read and write together: what the floor of a step is computed from."""
+    size = 1 << 30 if device.type == "cuda" else 1 << 26
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        sync(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            target.copy_(source)
+        sync(device)
+        times.append((time.perf_counter() - start) / 4)
+    return 2 * size / quantile(times[2:], 0.5)
+
+
+class StepClock:
+    """A stopping criterion that never stops and notes the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        sync(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class Run:
+    """One mode with one batch: a cache, and the loop that goes with it."""
+
+    def __init__(
+        self, model: Any, mode: Mode, batch: int, max_length: int, mlp_tokens: int | None = None
+    ) -> None:
+        from mustafar import Decoder
+
+        self.model, self.mode, self.batch = model, mode, batch
+        self.shape = Shape.of(model)
+        self.device = model.device
+        self.max_length = max_length
+        self.cache = mode.make_cache(model, max_length)
+        self.decoder = None
+        if mode.loop == "decoder":
+            self.decoder = Decoder(model, self.cache, batch, eos_token_id=(), mlp_tokens=mlp_tokens)
+
+    def capture(self) -> float:
+        """Seconds it took to get ready: compiling and capturing, once."""
+        start = time.perf_counter()
+        if self.decoder is not None:
+            self.decoder.capture()
+        elif self.mode.loop == "compiled":
+            self.cache.reset()
+            self._generate(torch.ones((self.batch, 8), dtype=torch.int64, device=self.device), 4)
+        sync(self.device)
+        return time.perf_counter() - start
+
+    def steps(self, context: int, steps: int) -> list[float]:
+        """Milliseconds per step over chunks of steps, behind a random cache of `context` tokens."""
+        if self.decoder is not None:
+            return self._decoder_steps(context, steps)
+        self.cache.reset()
+        fill(self.cache, self.model, self.shape, self.batch, context)
+        ids = torch.ones((self.batch, context + 1), dtype=torch.int64, device=self.device)
+        times = self._generate(ids, steps + 3).times[3:]  # the first steps do what is done once
+        return [1e3 * (b - a) for a, b in itertools.pairwise(times)]
+
+    def _decoder_steps(self, context: int, steps: int) -> list[float]:
+        decoder = self.decoder
+        decoder.start_at(context, torch.zeros(self.batch, dtype=torch.int64, device=self.device))
+        fill(self.cache, self.model, self.shape, self.batch, context)
+        for _ in range(4):
+            decoder.step()
+        times = []
+        for begin in range(0, steps, CHUNK):
+            count = min(CHUNK, steps - begin)
+            sync(self.device)
+            start = time.perf_counter()
+            for _ in range(count):
+                decoder.step()
+            sync(self.device)
+            times.append(1e3 * (time.perf_counter() - start) / count)
+        return times
+
+    def _generate(self, ids: torch.Tensor, new: int) -> StepClock:
+        clock = StepClock(self.device)
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self.cache,
+            max_new_tokens=new,
+            min_new_tokens=None,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=[clock],
+        )
+        sync(self.device)
+        return clock
+
+    def first_token(self, ids: torch.Tensor) -> float:
+        """Seconds from the prompt to its first token."""
+        sync(self.device)
+        if self.decoder is None:
+            self.cache.reset()
+            times = self._generate(ids, 1).times
+            return times[1] - times[0]
+        start = time.perf_counter()
+        self.decoder.prefill(ids)
+        sync(self.device)
+        return time.perf_counter() - start
+
+    def decode(self, ids: torch.Tensor, marks: list[int]) -> list[float]:
+        """Seconds after the first token until each of `marks` new tokens are there."""
+        if self.decoder is None:
+            self.cache.reset()
+            times = self._generate(ids, marks[-1]).times
+            return [times[mark] - times[1] for mark in marks]
+        self.decoder.prefill(ids)
+        sync(self.device)
+        start, seconds, done = time.perf_counter(), [], 1
+        for mark in marks:
+            for _ in range(done, mark):
+                self.decoder.step()
+            done = mark
+            sync(self.device)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def floor_ms(mode: Mode, shape: Shape, batch: int, tokens: int, bytes_per_second: float) -> float:
+    """Milliseconds that reading weights and cache once takes."""
+    return 1e3 * (shape.weight_bytes + mode.kv_bytes(shape, batch, 0, tokens)) / bytes_per_second
+
+
+def step_row(
+    model: Any,
+    mode: Mode,
+    batch: int,
+    context: int,
+    steps: int,
+    bytes_per_second: float,
+) -> Row:
+    """One row of the table of step times."""
+    device, shape = model.device, Shape.of(model)
+    max_length = context + steps + 8
+    with clean(device):
+        before = held(device)
+        run = Run(model, mode, batch, max_length)
+        fill(run.cache, model, shape, batch, context)
+        kv = held(device) - before
+        setup = run.capture()
+        times = run.steps(context, steps)
+        floor = floor_ms(mode, shape, batch, context + steps // 2, bytes_per_second)
+        mean = sum(times) / len(times)
+        row = {
+            "section": "steps",
+            "mode": mode.name,
+            "batch": batch,
+            "context": context,
+            "ms_step": mean,
+            "ms_median": quantile(times, 0.5),
+            "ms_p20": quantile(times, 0.2),
+            "ms_p80": quantile(times, 0.8),
+            "floor_ms": floor,
+            "times_floor": mean / floor,
+            "tokens_per_s": 1e3 * batch / mean,
+            "kv_bytes": kv or None,
+            "kv_formula": mode.kv_bytes(shape, batch, max_length),
+            "peak_bytes": peak(device) or None,
+            "setup_s": setup,
+        }
+        del run
+    return row
+
+
+def generation_rows(
+    model: Any,
+    mode: Mode,
+    batch: int,
+    prompt: int,
+    marks: list[int],
+    repeats: int,
+    mlp_tokens: int | None,
+    progress: Callable[[str], None],
+) -> list[Row]:
+    """Rows of a whole generation from a random prompt: time to first token, then tokens per second."""
+    device, shape = model.device, Shape.of(model)
+    max_length = prompt + marks[-1] + 8
+    rows = []
+    with clean(device):
+        g = torch.Generator().manual_seed(1)
+        ids = torch.randint(1, shape.vocabulary, (batch, prompt), generator=g).to(device)
+        before = held(device)
+        run = Run(model, mode, batch, max_length, mlp_tokens)
+        run.capture()
+        run.first_token(ids[:, : min(prompt, 128)])  # the first prompt of a process pays for more than itself
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        firsts = [run.first_token(ids)]
+        prefill_peak = peak(device) - before
+        while len(firsts) < repeats and sum(firsts) < 20:
+            firsts.append(run.first_token(ids))
+        progress(f"first token {quantile(firsts, 0.5):.3f} s")
+        seconds = run.decode(ids, marks)
+        memory = run.cache.memory() if hasattr(run.cache, "memory") else {}
+        for mark, taken in zip(marks, seconds, strict=True):
+            rows.append(
+                {
+                    "section": "generation",
+                    "mode": mode.name,
+                    "batch": batch,
+                    "context": prompt,
+                    "new_tokens": mark,
+                    "ttft_s": quantile(firsts, 0.5),
+                    "ms_step": 1e3 * taken / max(1, mark - 1),
+                    "tokens_per_s": batch * (mark - 1) / taken,
+                    "tokens_per_s_with_prompt": batch * mark / (taken + quantile(firsts, 0.5)),
+                    "peak_bytes": (peak(device) - before) or None,
+                    "prefill_peak_bytes": prefill_peak or None,
+                    "kv_bytes": memory.get("allocated_bytes"),
+                    "kv_formula": mode.kv_bytes(shape, batch, max_length),
+                }
+            )
+        del run
+    return rows
+
+
+def largest_row(
+    model: Any,
+    mode: Mode,
+    context: int,
+    steps: int,
+    bytes_per_second: float,
+    progress: Callable[[str], None],
+    limit: int | None = None,
+) -> Row:
+    """The largest batch whose cache of `context` tokens, and its steps, fit the GPU: estimated, then tried,
+    smaller and smaller. Its prompts would have to be computed some at a time."""
+    shape = Shape.of(model)
+    max_length = context + steps + 8
+    one = mode.kv_bytes(shape, 1, max_length)
+    if limit is None:
+        free = torch.cuda.mem_get_info(model.device)[0] + (
+            torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        )
+        # The fill's compressed copy of a layer, logits, graph and compiler.
+        limit = int((free - (2 << 30)) / (one * (1 + 1 / shape.layers) + 8 * shape.vocabulary))
+    batch = max(1, limit)
+    while True:
+        try:
+            row = step_row(model, mode, batch, context, steps, bytes_per_second)
+        except DoesNotFit:
+            progress(f"batch {batch} does not fit")
+            if batch == 1:
+                raise
+            batch = max(1, batch - max(1, batch // 25))
+            continue
+        return row | {"section": "largest"}

@@ -1,0 +1,119 @@
+"""mem_spd_test.py on the tiny preset: rows, formulas, peers that decode what they should, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from benchmarks.shared.errors import UserError
+from benchmarks.speed import measure
+from benchmarks.speed.cli import main
+from benchmarks.speed.modes import Shape, parse
+from benchmarks.speed.presets import PRESETS, load
+from mustafar import Decoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODES = "dense dense-static dense-flash mustafar-0.5 mustafar-0.7 mustafar-dynamic-0.7 mustafar-compiled-0.7".split()
+
+
+def test_a_run(tmp_path, capsys) -> None:
+    arguments = (
+        f"--model tiny --context 400 --batch 1 2 --quick --device cpu --out {tmp_path} --modes".split()
+    )
+    assert main([*arguments, *MODES]) == 0
+    printed = capsys.readouterr().out
+    assert "mustafar-0.7" in printed and "x dense-flash" in printed
+    with (tmp_path / "mem_spd.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    steps = {(row["mode"], row["batch"]) for row in rows if row["section"] == "steps"}
+    assert steps == {(mode, batch) for mode in MODES for batch in "12"}
+    assert [row["mode"] for row in rows if row["section"] == "generation"] == MODES
+    assert all(float(row["ms_step"]) > 0 and row["commit"] and not row["note"] for row in rows)
+    exact = [row for row in rows if row["section"] == "generation" and row["mode"] == "mustafar-0.7"]
+    assert exact[0]["kv_bytes"] == exact[0]["kv_formula"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "throughput_batch.png",
+        "throughput_new_tokens.png",
+    }
+
+
+def test_json(tmp_path, capsys) -> None:
+    arguments = "--model tiny --context 100 --batch 1 --quick --device cpu --no_plots --json --sections steps"
+    assert main([*arguments.split(), "--modes", "mustafar-0.5", "--out", str(tmp_path)]) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert row["mode"] == "mustafar-0.5" and row["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_dense_peers_give_the_same_tokens(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    model = load("tiny", "float32" if device == "cpu" else "float16", device)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    ids = torch.randint(1, 512, (2, 300), generator=torch.Generator().manual_seed(3))
+    results = []
+    for name in ("dense-static", "dense-flash", "mustafar-0"):
+        cache = parse(name).make_cache(model, 400)
+        results.append(Decoder(model, cache, 2, graph=False).generate(ids, max_new_tokens=60).new_tokens)
+    same = 60 if device == "cpu" else 4  # half precision rounds otherwise in each of them
+    assert torch.equal(results[0][:, :same], results[1][:, :same])
+    assert torch.equal(results[0][:, :same], results[2][:, :same])
+
+
+def test_bytes_of_the_paper_s_models() -> None:
+    """Llama-3-8B, 8192 tokens, half precision: 1 GiB dense; 0.375 of it pruned to 70 %, window aside."""
+    shape = Shape(32, 8, 128, 2, 0, 128256)
+    dense = parse("dense-flash").kv_bytes(shape, 1, 8192)
+    pruned = parse("mustafar-0.7").kv_bytes(shape, 1, 8192)
+    window = 2 * 32 * 8 * 351 * 256
+    assert dense == 2**30 and pruned - window == 0.375 * 2**30
+    assert (
+        parse("mustafar-0.7").kv_bytes(shape, 1, 0, tokens=8192 + 32) == 0.375 * 2**30 + 2 * 32 * 8 * 32 * 256
+    )
+    assert set(PRESETS) >= {"llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.1-8b", "mistral-7b"}
+
+
+def test_largest_shrinks_until_it_fits(monkeypatch) -> None:
+    def step_row(model, mode, batch, *others):
+        if batch > 70:
+            raise measure.DoesNotFit
+        return {"batch": batch, "section": "steps"}
+
+    monkeypatch.setattr(measure, "step_row", step_row)
+    model, tried = load("tiny", "float32", "cpu"), []
+    row = measure.largest_row(model, parse("mustafar-0.7"), 100, 8, 1e9, tried.append, limit=80)
+    assert row == {"batch": 70, "section": "largest"} and len(tried) == 4
+
+
+def test_out_of_memory_is_said(monkeypatch, tmp_path, capsys) -> None:
+    def fail(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(measure, "fill", fail)
+    arguments = "--model tiny --context 100 --batch 3 --quick --device cpu --no_plots --sections steps"
+    assert main([*arguments.split(), "--modes", "mustafar-0.5", "--out", str(tmp_path)]) == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nothing", "mustafar", "mustafar-1.5", "mustafar-x", "dense-0.5"])
+def test_unknown_modes(name: str) -> None:
+    with pytest.raises(UserError, match="unknown mode"):
+        parse(name)
+
+
+@pytest.mark.parametrize(
+    "options,match",
+    [
+        ("--model no_such_model", "neither a preset"),
+        ("--model tiny --batch 0", "--batch"),
+        ("--model tiny --new 1", "--new"),
+        ("--model tiny --modes sparse", "unknown mode"),
+    ],
+)
+def test_bad_input(options: str, match: str, tmp_path, capsys) -> None:
+    assert main([*options.split(), "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert match in capsys.readouterr().err
