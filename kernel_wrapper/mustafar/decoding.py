@@ -121,8 +121,8 @@ class Decoder:
         Capture the step; by default where the model is on a GPU.
     fuse : bool, optional
         Compile what lies between matrix products and attention (norms, rotary embedding, activation) with
-        torch.compile when capturing; by default where a graph is captured. Rounding may differ from eager
-        in the last bit. The model is left as it was.
+        torch.compile when capturing; by default where a graph is captured and a compiler is found. Rounding
+        may differ from eager in the last bit. The model is left as it was.
     mlp_tokens : int, optional
         The most tokens of a prompt that go through an MLP at once, which bounds the largest activation of a
         prefill; the result is the same.
@@ -152,6 +152,7 @@ class Decoder:
             )
         self.uses_graph = device.type == "cuda" and not spread if graph is None else graph
         self.fuse = self.uses_graph if fuse is None else fuse
+        self.fuse_if_possible = fuse is None
         self.model, self.cache, self.batch_size, self.device = model, cache, batch_size, device
         self.sampling, self.mlp_tokens = sampling, mlp_tokens
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -268,23 +269,38 @@ class Decoder:
             return
         self.cache.reset()
         self._forward(self.ids, self.positions, None)  # makes the cache take its memory
-        self.cache.reset()
-        with fused(self.model, self.cache) if self.fuse else contextlib.nullcontext():
-            if isinstance(self.cache, MustafarCache):
-                self.cache.expect_decoding()
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP_STEPS):
-                    self.count.zero_()
-                    self._step()
-            torch.cuda.current_stream(self.device).wait_stream(side)
+        with contextlib.ExitStack() as stack:
+            if self.fuse:
+                stack.enter_context(fused(self.model, self.cache))
+            try:
+                self._warm_up()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if not self.fuse_if_possible:
+                    raise
+                stack.close()
+                self.fuse = False
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"the step is captured without compiled parts: {reason}", stacklevel=2)
+                self._warm_up()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._step()
         self.graph = graph
         self.captures += 1
         self.cache.reset()
+
+    def _warm_up(self) -> None:
+        """Some steps on an empty cache, on a stream of their own, as a capture wants it."""
+        self.cache.reset()
+        if isinstance(self.cache, MustafarCache):
+            self.cache.expect_decoding()
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                self.count.zero_()
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(side)
 
     def _step(self) -> None:
         self._choose(self._forward(self.ids, self.positions, self._step_mask()))

@@ -173,8 +173,21 @@ def test_capture_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama"), prompts(2, 60)
     expected = _expected(model, kind, ids, new=40)
     decoder = Decoder(model, _static(model, kind), 2)
-    decoder.uses_graph = True
-    decoder.capture()
+    decoder.uses_graph = decoder.fuse = True
+
+    @contextlib.contextmanager
+    def broken(*_: object):
+        def fail(*_: object, **__: object) -> None:
+            raise torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no compiler"), None)
+
+        monkeypatch.setattr(model.model.layers[0], "forward", fail)
+        yield
+        monkeypatch.undo()
+        _pretend_cuda(monkeypatch)
+
+    monkeypatch.setattr("mustafar.decoding.fused", broken)
+    with pytest.warns(UserWarning, match="captured without compiled parts"):
+        decoder.capture()
     decoder.graph.step = decoder._step
     for _ in range(2):
         assert torch.equal(decoder.generate(ids, max_new_tokens=40).sequences, expected)
