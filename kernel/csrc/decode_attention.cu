@@ -1,3 +1,4 @@
+#include <cfloat>
 #include <cmath>
 
 #include "decode_attention.h"
@@ -20,14 +21,13 @@ struct MostHeads {
 };
 // Warps of a block at most: what shared memory has room for, and for 64 channels registers.
 constexpr int max_warps(int channels) { return channels == 64 ? 12 : channels == 128 ? 8 : 4; }
-// Staged vectors of a row: with 3, 8 heads at 128 channels would cost the eighth warp of an SM.
-constexpr int ring_vectors(int channels, int heads) { return channels == 128 && heads == 8 ? 2 : 3; }
-template <int kChannels, int kHeads>
-using SliceFeed = Feed<kChannels / 32, ring_vectors(kChannels, kHeads), true>;
+constexpr int kRing = 2;  // staged vectors of a row: 3 are not faster
+template <int kChannels>
+using SliceFeed = Feed<kChannels / 32, kRing, true>;
 
 template <int kChannels, int kHeads>
 constexpr int kWarpBytes =
-    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * SliceFeed<kChannels, kHeads>::kStagingBytes;
+    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * SliceFeed<kChannels>::kStagingBytes;
 template <int kChannels>
 constexpr int kTableBytes = QueryTable<__half, kChannels, 1>::kBytes;  // of any dtype and heads
 
@@ -35,8 +35,9 @@ constexpr int kTableBytes = QueryTable<__half, kChannels, 1>::kBytes;  // of any
 struct Partial {
   float maximum, sum;
 };
+constexpr float kNoMaximum = -FLT_MAX;  // yet: finite, so that a score of -inf less the maximum is -inf
 
-// Factor that brings sums relative to `from` to those relative to `to`. No score yet is -inf.
+// Factor that brings sums relative to `from` to those relative to `to`.
 __device__ __forceinline__ float rescale(float from, float to) {
   return from == to ? 1.f : exp2_fast(from - to);
 }
@@ -63,7 +64,7 @@ __device__ __forceinline__ void write_output(const DecodeAttentionParams& p, int
 template <class T, int kChannels, int kHeads>
 struct Worker {
   using Queries = QueryTable<T, kChannels, kHeads>;
-  using SomeFeed = SliceFeed<kChannels, kHeads>;
+  using SomeFeed = SliceFeed<kChannels>;
   static constexpr int kWords = SomeFeed::kBitmapWords;
   const uint32_t table, tile, weights;
   const int head_dim, lane;
@@ -75,7 +76,7 @@ struct Worker {
   __device__ __forceinline__ void clear() {
     output.clear();
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) partial[h] = {-INFINITY, 0.f};
+    for (int h = 0; h < kHeads; ++h) partial[h] = {kNoMaximum, 0.f};
   }
 
   // 64 tokens of the window, from `first`.
@@ -116,31 +117,34 @@ struct Worker {
     multiply();
   }
 
-  // The first slice's scores.
-  __device__ __forceinline__ void score(SomeFeed& keys) {
-    score_slice(keys, table, head_dim, lane, scores);
-    scores_done(keys);
-  }
-
-  // A slice's values, whose scores are there, and the scores of the next one if there is one.
-  __device__ __forceinline__ void slice(SomeFeed& keys, SomeFeed& values) {
-    weigh();
+  // All slices of the feeds, of which there is at least one. The scores of a slice come first; its values are
+  // walked together with the keys of the next one: the same code at the start, without values, and at the
+  // end, without keys, for the instruction cache.
+  __device__ __forceinline__ void slices(SomeFeed& keys, SomeFeed& values) {
     Scatter scatter;
+    QueryWalk<Queries, kWords> key_walk(table + Queries::column(lane), head_dim);
     TileWalk<kWords> value_walk(tile_column(tile, lane), head_dim);
-    values.begin(value_walk, head_dim);
-    if (keys.more()) {
-      QueryWalk<Queries, kWords> key_walk(table + Queries::column(lane), head_dim);
-      keys.begin(key_walk, head_dim);
+    SomeFeed::wait_bitmaps(0);
+    keys.begin(key_walk, head_dim);
+    keys.hide(key_walk);
+    value_walk.has_gap = false;
+    int value_vectors = 0;
+    for (bool first = true;; first = false) {
+      const bool more = keys.more();
+      const int key_vectors = more ? keys.vectors() : 0;
       scores.clear();
-      visit_both(Tour{keys, key_walk, scores}, Tour{values, value_walk, scatter});
-      keys.finish(key_walk, head_dim, [&] { scores.clear(); }, scores);
+      visit_both(Tour{keys, key_walk, scores}, key_vectors, Tour{values, value_walk, scatter}, value_vectors);
+      if (!first) multiply();
+      if (!more) return;
       scores_done(keys);
-    } else {
-      visit_all(Tour{values, value_walk, scatter});
+      weigh();
+      SomeFeed::wait_bitmaps(min(key_vectors, value_vectors));
+      keys.begin(key_walk, head_dim);
+      values.begin(value_walk, head_dim);
+      keys.hide(key_walk);
+      values.hide(value_walk);
+      value_vectors = values.vectors();
     }
-    values.finish(value_walk, head_dim, [] {}, scatter);
-    values.end();
-    multiply();
   }
 
   // Leaves the sums and the Partial of every head in the warp's own memory.
@@ -173,7 +177,6 @@ struct Worker {
       for (int r = 0; r < kRowsPerLane; ++r)
         if (!keys.visible(r)) hide(r);
     }
-    keys.end();
   }
 
   // Softmax weights of the scores, relative to a maximum that the whole warp shares.
@@ -183,7 +186,7 @@ struct Worker {
     for (int h = 0; h < kHeads; ++h)
       above |= fmaxf(scores.of[0][h], scores.of[1][h]) > partial[h].maximum + kMaximumSlack;
     if (__any_sync(kFullWarp, above)) {
-      float own_factor = 1.f;  // of the head whose output sums this lane holds
+      float factors[2] = {1.f, 1.f};  // of the heads whose output sums this lane holds
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float top = fmaxf(partial[h].maximum, fmaxf(scores.of[0][h], scores.of[1][h]));
@@ -193,14 +196,14 @@ struct Worker {
         const float factor = rescale(partial[h].maximum, top);
         partial[h].maximum = top;
         partial[h].sum *= factor;
-        if (h == output.head(lane)) own_factor = factor;
+        if (h / 2 * 2 == output.head(lane)) factors[h % 2] = factor;
       }
-      output.scale(own_factor);
+      output.scale(factors[0], factors[1]);
     }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      const float maximum = partial[h].maximum == -INFINITY ? 0.f : partial[h].maximum;
-      const float first = exp2_fast(scores.of[0][h] - maximum), second = exp2_fast(scores.of[1][h] - maximum);
+      const float first = exp2_fast(scores.of[0][h] - partial[h].maximum);
+      const float second = exp2_fast(scores.of[1][h] - partial[h].maximum);
       partial[h].sum += first + second;
       store_weight(weights, h, Half<T>::pack(first, second), lane);
     }
@@ -208,7 +211,7 @@ struct Worker {
 
   __device__ __forceinline__ void multiply() {
     __syncwarp();
-    output.add(tile, weights, head_dim, lane);
+    output.add(tile, weights, lane);
     __syncwarp();
   }
 };
@@ -218,9 +221,10 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels), 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p,
                             const __grid_constant__ Plan plan, float score_scale) {
   using Queries = QueryTable<T, kChannels, kHeads>;
-  using SomeFeed = SliceFeed<kChannels, kHeads>;
+  using SomeFeed = SliceFeed<kChannels>;
   constexpr int kBytes = kWarpBytes<kChannels, kHeads>;
   extern __shared__ __align__(16) char shared[];
+  launch_next();
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
   const int block_warps = blockDim.x / kWarpSize;
@@ -253,8 +257,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels), 1)
                                  p.v_window_head_stride, p.v_window_token_stride);
   for (int i = first; i < sequence.chunks; i += step)
     worker.chunk(sequence, key_window, value_window, (sequence.first_chunk + i) * kSliceTokens);
-  if (keys.more()) worker.score(keys);
-  while (values.more()) worker.slice(keys, values);
+  if (share.first < share.end) worker.slices(keys, values);
   wait_copies<0>();
   worker.finish(own);
 
@@ -266,7 +269,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels), 1)
     const auto of_warp = [&](int w) {
       return reinterpret_cast<const Partial*>(of_warps + w * kBytes + tile_bytes(kChannels))[h];
     };
-    float maximum = -INFINITY, sum = 0.f, weight = 0.f;
+    float maximum = kNoMaximum, sum = 0.f, weight = 0.f;
     for (int w = 0; w < block_warps; ++w) maximum = fmaxf(maximum, of_warp(w).maximum);
     for (int w = 0; w < block_warps; ++w) {
       const float factor = rescale(of_warp(w).maximum, maximum);
@@ -292,8 +295,9 @@ __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, 
   const Workspace workspace(p.workspace, int64_t{gridDim.x} * splits);
   const Partial* partials = workspace.partials + int64_t{blockIdx.x} * splits;
   const float* sums = workspace.sums + int64_t{blockIdx.x} * splits * p.head_dim;
+  wait_for_previous_launch();
 
-  float maximum = -INFINITY;
+  float maximum = kNoMaximum;
   for (int i = 0; i < splits; ++i) maximum = fmaxf(maximum, partials[i].maximum);
   for (int i = threadIdx.x; i < splits; i += blockDim.x) factors[i] = rescale(partials[i].maximum, maximum);
   __syncthreads();
@@ -330,8 +334,8 @@ cudaError_t run(const DecodeAttentionParams& p, cudaStream_t stream) {
   MUSTAFAR_CUDA_TRY(
       launch(decode_attention_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan, p.scale * log2_e));
   if (plan.splits == 1) return cudaSuccess;
-  combine_kernel<T><<<p.batch * p.q_heads, std::min(kChannels, 128), 0, stream>>>(p, plan.splits);
-  return cudaGetLastError();
+  return launch_after(combine_kernel<T>, int64_t{p.batch} * p.q_heads, std::min(kChannels, 128), stream, p,
+                      plan.splits);
 }
 
 cudaError_t check_windows(const DecodeAttentionParams& p) {

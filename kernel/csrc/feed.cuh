@@ -26,26 +26,33 @@ class Feed {
   static constexpr int kStagingBytes =
       (kStagesBitmaps ? kSliceTokens * kWordBytes : 0) + kRing * kSlotBytes;  // of a warp
 
-  // Starts the first copies.
+  // Starts the first copies. wait_bitmaps(0) and begin() go to the first slice.
   __device__ __forceinline__ Feed(const Slices& slices, uint32_t staging, int lane)
       : slices_(slices),
         lane_(lane),
         staged_words_(staging + lane * kWordBytes),
         staged_vectors_(staging + kStagingBytes - kRing * kSlotBytes + lane * 16),
-        slice_(slices.first),
-        cursor_(slices.first - slices.stride) {
-    if (more()) {
-      fetch_bitmaps(slice_);
-      vectors_ = slices_.count(slice_);
-      turn_cursor();
-      if (step_ > 0) {
+        slice_(slices.first - slices.stride),
+        cursor_(slice_) {
+    if (slices.first < slices.end) {
+      fetch_bitmaps(slices.first);
+      next_width_ = slices_.width(slices.first);
+      if (!slices.general()) {
+        from_ = slices.uniform_values(slices.first) + lane * 16;
+        left_ = slices.vectors;
+        to_copy_ = ((slices.end - slices.first - 1) / slices.stride + 1) * left_;
+        jump_ = ((slices.stride - 1) * left_ + 1) * kSliceVectorBytes;
+      }
 #pragma unroll
-        for (int i = 0; i < kRing; ++i) copy_vector(), copied(1);
+      for (int i = 0; i < kRing; ++i) {
+        look_up();
+        copy_vector();
       }
     }
     commit_copies();
   }
 
+  // Whether the walk is at a slice.
   __device__ __forceinline__ bool more() const { return slice_ < slices_.end; }
   __device__ __forceinline__ int slice() const { return slice_; }
   // Whether all tokens of the slice are visible; and if not, which.
@@ -53,14 +60,22 @@ class Feed {
   __device__ __forceinline__ bool visible(int row) const {
     return slices_.visible(slice_, lane_ + row * kWarpSize);
   }
+  __device__ __forceinline__ int vectors() const { return vectors_; }
 
-  // Starts a walk over the slice, and the copies of the next slice's bitmaps.
-  template <class SomeWalk>
-  __device__ __forceinline__ void begin(SomeWalk& walk, int head_dim) {
-    if (late_)
+  // Waits for the bitmaps of the next slice, when so many vectors have been walked since the last time.
+  static __device__ __forceinline__ void wait_bitmaps(int vectors) {
+    if (vectors < kRing)
       wait_copies<0>();
     else
       wait_copies<kRing - 1>();
+  }
+
+  // Goes on to the next slice, starts a walk over it, and the copies of the bitmaps after that. There need
+  // not be a next slice, but there must have been a first. hide() is to follow.
+  template <class SomeWalk>
+  __device__ __forceinline__ void begin(SomeWalk& walk, int head_dim) {
+    slice_ += slices_.stride;
+    vectors_ = slices_.vectors_of(next_width_);
     if constexpr (kStagesBitmaps) {
       uint32_t words[kRowsPerLane][kWords];
 #pragma unroll
@@ -69,85 +84,58 @@ class Feed {
     } else {
       walk.start(next_words_, head_dim);
     }
-    if (!whole()) park_hidden(walk);
-    if (slice_ + slices_.stride < slices_.end) {
-      fetch_bitmaps(slice_ + slices_.stride);
-      next_vectors_ = slices_.count(slice_ + slices_.stride);
-    }
+    const int next = min(slice_ + slices_.stride, slices_.end - 1);  // any slice will do after the last
+    fetch_bitmaps(next);
+    next_width_ = slices_.width(next);
   }
-
-  __device__ __forceinline__ int vectors() const { return vectors_; }
-  // Vectors that can be copied before the cursor has to turn.
-  __device__ __forceinline__ int left() const { return left_; }
-
-  // The next vector of both rows, whose copies have been waited for, to the walk.
+  // Takes hidden tokens out of a walk that has begun.
   template <class SomeWalk>
-  __device__ __forceinline__ void take_vector(SomeWalk& walk) {
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) load(staged_vectors_ + read_ + r * kRowsApart, walk.pairs[r]);
-    read_ = next_slot(read_);
-    walk.clamp();
-  }
-
-  // Copies one vector of both rows to the ring: a slot is free when its vector has been taken. Every step of
-  // a walk commits one group, so that the newest kRing - 1 are never needed by the next.
-  __device__ __forceinline__ void copy_vector() {
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r)
-      copy_async<16>(staged_vectors_ + write_ + r * kRowsApart, from_ + r * kRowsApart);
-    from_ += step_;
-    write_ = next_slot(write_);
-  }
-
-  // `count` vectors have been copied, at most left().
-  __device__ __forceinline__ void copied(int count) {
-    left_ -= count;
-    if (left_ == 0) turn_cursor();
-  }
-
-  // After a walk: if it stalled, restart() and visits all values once more, straight from memory.
-  template <class SomeWalk, class Restart, class Visit>
-  __device__ __forceinline__ void finish(SomeWalk& walk, int head_dim, Restart restart, Visit& visit) {
-    if (is_dense<kWords>(vectors_) && __any_sync(kFullWarp, walk.stalled())) {
-      restart();
-      repeat(walk, head_dim, visit);
-    }
-  }
-
-  // On to the next slice.
-  __device__ __forceinline__ void end() {
-    late_ = vectors_ < kRing;  // the next bitmaps are among the newest copies
-    if (late_) commit_copies();
-    slice_ += slices_.stride;
-    vectors_ = next_vectors_;
-  }
-
- private:
-  template <class SomeWalk>
-  __device__ __forceinline__ void park_hidden(SomeWalk& walk) const {
+  __device__ __forceinline__ void hide(SomeWalk& walk) const {
+    if (whole() || !more()) return;
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r)
       if (!visible(r)) walk.park(r);
   }
 
-  // Turns the cursor to the next slice that has values. There always is something to copy, so that the loops
-  // need no test for it: past the end the cursor stays where it was.
-  __device__ __forceinline__ void turn_cursor() {
-    const char* at;
+  // The next vector of both rows, whose copies have been waited for, to the walk.
+  template <class SomeWalk>
+  __device__ __forceinline__ void take_vector(SomeWalk& walk) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) load(staged_vectors_ + slot_ + r * kRowsApart, walk.pairs[r]);
+  }
+
+  // Copies one vector of both rows, if there is one left, to the slot of the ring whose vector has been
+  // taken. Every step of a walk commits one group, so that the newest kRing - 1 are never needed by the next.
+  __device__ __forceinline__ void copy_vector() {
+    if (to_copy_ > 0) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r)
+        copy_async<16>(staged_vectors_ + slot_ + r * kRowsApart, from_ + r * kRowsApart);
+    }
+    --to_copy_;
+    const bool last = --left_ == 0;  // of its slice
+    from_ += last ? jump_ : kSliceVectorBytes;
+    left_ = last ? slices_.vectors : left_;
+    slot_ = next_slot(slot_);
+  }
+  // So many vectors can be copied after look_up() and before the next.
+  __device__ __forceinline__ int room() const { return slices_.general() ? left_ : INT_MAX; }
+  // In the general layout, goes to the next slice that has values when those of this one have been copied.
+  __device__ __forceinline__ void look_up() {
+    if (!slices_.general() || left_ > 0) return;
     do {
       cursor_ += slices_.stride;
       if (cursor_ >= slices_.end) {
-        left_ = INT_MAX;
-        from_ -= step_;
-        step_ = 0;
+        to_copy_ = 0, left_ = INT_MAX;
         return;
       }
-      at = slices_.locate(cursor_, &left_);
+      left_ = slices_.vectors_of(slices_.width(cursor_));
     } while (left_ == 0);
-    from_ = at + lane_ * 16;
-    step_ = kSliceVectorBytes;
+    to_copy_ = left_;
+    from_ = slices_.general_values(cursor_) + lane_ * 16;
   }
 
+ private:
   static __device__ __forceinline__ uint32_t next_slot(uint32_t slot) {
     if constexpr (kRing == 2) return slot ^ kSlotBytes;
     return slot == (kRing - 1) * kSlotBytes ? 0 : slot + kSlotBytes;
@@ -202,51 +190,16 @@ class Feed {
     }
   }
 
-  // Visits all values once more, straight from memory, where nothing can stall.
-  template <class SomeWalk, class Visit>
-  __device__ __forceinline__ void repeat(SomeWalk& walk, int head_dim, Visit& visit) const {
-    int vectors;
-    const char* from = slices_.locate(slice_, &vectors) + lane_ * 16;
-    const uint64_t* bitmap = slices_.bitmap + (int64_t{slice_} * kSliceTokens + lane_) * slices_.words;
-    uint32_t words[kRowsPerLane][kWords];
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) load_bitmap(bitmap + r * kWarpSize * slices_.words, words[r]);
-    walk.start(words, head_dim);
-    if (!whole()) park_hidden(walk);
-#pragma unroll 1
-    for (int vector = 0; vector < vectors; ++vector) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(from + r * kRowsApart));
-        walk.pairs[r][0] = loaded.x, walk.pairs[r][1] = loaded.y;
-        walk.pairs[r][2] = loaded.z, walk.pairs[r][3] = loaded.w;
-      }
-      from += kSliceVectorBytes;
-      walk.clamp();
-#pragma unroll 1
-      for (int i = 0; i < kVectorValues; ++i) {
-        while (__any_sync(kFullWarp, walk.stalled())) walk.skip_zeros();
-        walk.template visit_value<kWords>(0, visit);
-        walk.advance(1);
-#pragma unroll
-        for (int r = 0; r < kRowsPerLane; ++r)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            walk.pairs[r][j] = __funnelshift_r(walk.pairs[r][j], j < 3 ? walk.pairs[r][j + 1] : 0, 16);
-      }
-    }
-  }
-
   const Slices& slices_;
   const int lane_;
   const uint32_t staged_words_, staged_vectors_;  // of row 0: addresses in shared memory
-  uint32_t read_ = 0, write_ = 0;                 // slots of the ring
-  int slice_, vectors_ = 0, next_vectors_ = 0;
+  uint32_t slot_ = 0;                             // of the ring, at work
+  int slice_, vectors_ = 0;
   uint32_t next_words_[kRowsPerLane][kWords];  // bitmaps, if not staged
-  bool late_ = true;
-  // The cursor: what is copied next.
-  int cursor_, left_ = 0;
-  uint32_t step_ = 0;
+  int32_t next_width_ = 0;
+  // What is copied next.
+  int cursor_, left_ = 0, to_copy_ = 0;  // the slice, in the general layout; vectors left of it, and in all
+  uint32_t jump_ = 0;                    // from a slice's last vector to the next slice's first
   const char* from_ = nullptr;
 };
 
@@ -258,7 +211,7 @@ __host__ __device__ constexpr int first_of(int first, Others...) {
 // A walk through the slice of a feed, and what is done with every value.
 template <class SomeFeed, class SomeWalk, class SomeVisit>
 struct Tour {
-  static constexpr int kWords = SomeFeed::kBitmapWords, kRing = SomeFeed::kRingVectors;
+  static constexpr int kRing = SomeFeed::kRingVectors;
   SomeFeed& feed;
   SomeWalk& walk;
   SomeVisit& visit;
@@ -267,8 +220,8 @@ template <class SomeFeed, class SomeWalk, class SomeVisit>
 Tour(SomeFeed&, SomeWalk&, SomeVisit&) -> Tour<SomeFeed, SomeWalk, SomeVisit>;
 
 // Visits the vectors from `vector` to `until` of one tour, or of two at once: twice the independent
-// instructions to fill the latencies of either. kDense: without a thought for runs of zeros.
-template <bool kDense, int kLive, class... Tours>
+// instructions to fill the latencies of either. kGaps: rows may have runs of 32 zeros.
+template <bool kGaps, class... Tours>
 __device__ __forceinline__ void visit_vectors(int vector, int until, Tours... tours) {
   constexpr int kRing = first_of(Tours::kRing...);
 #pragma unroll 1
@@ -277,52 +230,46 @@ __device__ __forceinline__ void visit_vectors(int vector, int until, Tours... to
     (tours.feed.take_vector(tours.walk), ...);
 #pragma unroll
     for (int i = 0; i < kVectorValues; ++i) {
-      if constexpr (!kDense)
+      if constexpr (kGaps)
         while (__any_sync(kFullWarp, (tours.walk.stalled() || ...))) (tours.walk.skip_zeros(), ...);
-      (tours.walk.template visit_value<kLive>(i, tours.visit), ...);
+      (tours.walk.visit_value(i, tours.visit), ...);
       if (i == 1) {
         (tours.feed.copy_vector(), ...);
         commit_copies();
       }
     }
-    (tours.walk.advance(kVectorValues), ...);
+    (tours.walk.advance(), ...);
   }
 }
 
-// The same, however far: in pieces at whose ends a cursor turns, or bitmaps have got a quarter shorter. For
-// as many values, and with them at least as many bits, have gone then.
+// The same, whatever the rows and the layout.
 template <class... Tours>
-__device__ __forceinline__ void visit(bool dense, int vector, int until, Tours... tours) {
-  constexpr int kWords = first_of(Tours::kWords...), kShorter = (kWords + 3) / 4;
-  constexpr int kShortFrom = kShorter * 32 / kVectorValues;
-  while (vector < until) {
-    const int left[] = {tours.feed.left()...};
-    int stop = vector + min(until - vector, min(left[0], left[sizeof...(Tours) - 1]));
-    if (!dense) {
-      visit_vectors<false, kWords>(vector, stop, tours...);
-    } else if (vector < kShortFrom) {
-      stop = min(stop, kShortFrom);
-      visit_vectors<true, kWords>(vector, stop, tours...);
-    } else {
-      visit_vectors<true, kWords - kShorter>(vector, stop, tours...);
-    }
-    (tours.feed.copied(stop - vector), ...);
+__device__ __forceinline__ void visit(int vector, int until, Tours... tours) {
+  const bool gaps = __any_sync(kFullWarp, (tours.walk.has_gap || ...));
+  while (vector < until) {  // once, but for the general layout
+    (tours.feed.look_up(), ...);
+    const int room[] = {tours.feed.room()...};
+    const int stop = vector + min(until - vector, min(room[0], room[sizeof...(Tours) - 1]));
+    if (gaps)
+      visit_vectors<true>(vector, stop, tours...);
+    else
+      visit_vectors<false>(vector, stop, tours...);
     vector = stop;
   }
 }
 
-// All vectors of one tour, or of two.
+// All vectors of a tour.
 template <class SomeTour>
 __device__ __forceinline__ void visit_all(SomeTour tour) {
-  visit(is_dense<SomeTour::kWords>(tour.feed.vectors()), 0, tour.feed.vectors(), tour);
+  visit(0, tour.feed.vectors(), tour);
 }
+// Vectors of two tours, as many as are said.
 template <class TourA, class TourB>
-__device__ __forceinline__ void visit_both(TourA a, TourB b) {
-  const int common = min(a.feed.vectors(), b.feed.vectors());
-  const bool dense = is_dense<TourA::kWords>(common);
-  visit(dense, 0, common, a, b);
-  if (common < a.feed.vectors()) visit(dense, common, a.feed.vectors(), a);
-  if (common < b.feed.vectors()) visit(dense, common, b.feed.vectors(), b);
+__device__ __forceinline__ void visit_both(TourA a, int vectors_a, TourB b, int vectors_b) {
+  const int common = min(vectors_a, vectors_b);
+  visit(0, common, a, b);
+  visit(common, vectors_a, a);
+  visit(common, vectors_b, b);
 }
 
 }  // namespace mustafar::cuda

@@ -54,11 +54,11 @@ struct Half<__nv_bfloat16> {
   }
 };
 
-// Zero bits above the highest set one; 0xffffffff if there is none (one instruction, unlike __clz).
-__device__ __forceinline__ uint32_t leading_zeros(uint32_t bits) {
-  uint32_t zeros;
-  asm("bfind.shiftamt.u32 %0, %1;" : "=r"(zeros) : "r"(bits));
-  return zeros;
+// Place of the highest set bit, 31 for the top one (one instruction, unlike 31 - __clz).
+__device__ __forceinline__ uint32_t highest_one(uint32_t bits) {
+  uint32_t place;
+  asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(bits));
+  return place;
 }
 
 // All ones in a register: the compiler cannot tell, where a constant would be loaded anew for every use.

@@ -36,9 +36,16 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps, kBlocksPerSm)
                 static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
                 p.q_head_stride, at.heads, p.head_dim);
   T* out = static_cast<T*>(p.scores) + at.b * p.scores_batch_stride + at.first_head * p.scores_head_stride;
-  for (; feed.more(); feed.end()) {
+  if (slices.first >= slices.end) return;
+  QueryWalk<Queries, KeyFeed<kChannels>::kBitmapWords> walk(table + Queries::column(lane), p.head_dim);
+  feed.wait_bitmaps(0);
+  for (;;) {
+    feed.begin(walk, p.head_dim);
+    if (!feed.more()) break;
     Scores<Queries, kHeads> scores;
-    score_slice(feed, table, p.head_dim, lane, scores);
+    scores.clear();
+    visit_all(Tour{feed, walk, scores});
+    feed.wait_bitmaps(feed.vectors());
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       const int64_t token = int64_t{feed.slice()} * kSliceTokens + lane + r * kWarpSize;

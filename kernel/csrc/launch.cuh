@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -58,12 +59,14 @@ inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t u
   plan.chunks = (group + heads - 1) / heads;
   plan.heads_per_chunk = (group + plan.chunks - 1) / plan.chunks;
   const int64_t work = int64_t{batch} * kv_heads * plan.chunks;
-  const int64_t most = std::clamp<int64_t>((units + warps - 1) / warps, 1, kMaxSplits);
-  int64_t best = INT64_MAX;
+  const int64_t most = std::clamp<int64_t>(units, 1, kMaxSplits);
+  double best = INFINITY;
   plan.splits = 1;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t waves = (work * splits + resident - 1) / resident;
-    const int64_t time = waves * ((units + warps * splits - 1) / (warps * splits) + kSplitOverhead);
+    const int64_t waves = (work * splits + resident - 1) / resident, of_block = (units + splits - 1) / splits;
+    const int64_t turns = (of_block + warps - 1) / warps;
+    // Warps without work leave the SM to the others.
+    const double time = waves * (kSplitOverhead + (turns > 1 ? turns : 0.5 + 0.5 * of_block / warps));
     if (time < best) best = time, plan.splits = static_cast<int32_t>(splits);
   }
   plan.blocks = work * plan.splits;
@@ -79,6 +82,38 @@ cudaError_t launch(void (*kernel)(KernelArgs...), const Plan& plan, const Blocks
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, blocks.shared_bytes));
   kernel<<<static_cast<unsigned>(plan.blocks), blocks.threads, blocks.shared_bytes, stream>>>(args...);
   return cudaGetLastError();
+}
+
+// Launches a kernel that reads what the previous launch in the stream writes, after
+// wait_for_previous_launch(). From sm_90 on its blocks are brought to the SMs while the previous launch,
+// which says launch_next(), still runs.
+template <class... KernelArgs, class... Args>
+cudaError_t launch_after(void (*kernel)(KernelArgs...), int64_t blocks, int threads, cudaStream_t stream,
+                         const Args&... args) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  int device, major;
+  MUSTAFAR_CUDA_TRY(cudaGetDevice(&device));
+  MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+__device__ __forceinline__ void launch_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 inline bool aligned(const void* pointer, int bytes) {

@@ -104,15 +104,4 @@ struct Scores {
 template <class Queries, int kWords>
 using QueryWalk = Walk<kWords, Queries::kPitch, 0>;
 
-// scores = query . key of the lane's two tokens of the feed's slice.
-template <class Queries, class SomeFeed, int kHeads>
-__device__ __forceinline__ void score_slice(SomeFeed& feed, uint32_t table, int head_dim, int lane,
-                                            Scores<Queries, kHeads>& scores) {
-  QueryWalk<Queries, SomeFeed::kBitmapWords> walk(table + Queries::column(lane), head_dim);
-  scores.clear();
-  feed.begin(walk, head_dim);
-  visit_all(Tour{feed, walk, scores});
-  feed.finish(walk, head_dim, [&] { scores.clear(); }, scores);
-}
-
 }  // namespace mustafar::cuda

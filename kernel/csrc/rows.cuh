@@ -57,22 +57,19 @@ struct Slices : Share {
     }
   }
 
-  // Vector 0 of row 0 of a slice, and how many each row has.
-  __device__ __forceinline__ const char* locate(int slice, int* count) const {
-    if (offsets == nullptr) {
-      *count = vectors;
-      return values + int64_t{slice} * (vectors * kSliceVectorBytes);
-    }
-    *count = general_count(slice);
+  __device__ __forceinline__ bool general() const { return offsets != nullptr; }
+  // Vector 0 of row 0 of a slice.
+  __device__ __forceinline__ const char* uniform_values(int slice) const {
+    return values + int64_t{slice} * (vectors * kSliceVectorBytes);
+  }
+  __device__ __forceinline__ const char* general_values(int slice) const {
     return values + __ldg(offsets + slice) * 2;
   }
-  __device__ __forceinline__ int count(int slice) const {
-    return offsets == nullptr ? vectors : general_count(slice);
-  }
-
+  // What the general layout has to look up, in time for vectors_of().
+  __device__ __forceinline__ int32_t width(int slice) const { return general() ? __ldg(widths + slice) : 0; }
   // By way of a shuffle, so that the compiler knows it uniform.
-  __device__ __forceinline__ int general_count(int slice) const {
-    return __shfl_sync(kFullWarp, __ldg(widths + slice), 0) / kVectorValues;
+  __device__ __forceinline__ int vectors_of(int32_t width) const {
+    return general() ? __shfl_sync(kFullWarp, width, 0) / kVectorValues : vectors;
   }
 
   __device__ __forceinline__ bool whole(int slice) const {
@@ -87,33 +84,34 @@ struct Slices : Share {
 // One row's bitmap, left-aligned: the next channel is the top bit of bits[0]. Bits from head_dim on are ones
 // ("sentinels"), and ones are shifted in behind them: a row that has run out of kept channels goes on to
 // channels head_dim, head_dim + 1, ..., the sink rows of the tables, so the loop needs no test per value.
-// A run of 32 zeros, and an empty row, stalls the scan: step() then repeats the last channel, or the guard
-// row, and bits[0] stays 0 until the end of the row, where Feed::finish() notices. Unless skip_zeros() is
-// called before every step.
+//
+// It takes bits[0] != 0: a row with a run of 32 zeros (Walk::has_gap) needs skip_zeros() before every step.
 template <int kWords, int kPitch>
 struct Scan {
+  // A step subtracts the place of the first one, 31 - zeros, where it should add zeros + 1: this many
+  // channels more, and they go into the offsets of the accesses.
+  static constexpr uint32_t kChannelsPerStep = 32;
+  static constexpr uint32_t kBias = kVectorValues * kChannelsPerStep * kPitch;
   uint32_t bits[kWords];
-  // Address in the table of the channel before the one that bits[0] starts with, less kPitch for each step
-  // since the last advance(): so an address costs one multiply-add, and the steps go into the offset of the
-  // access.
-  uint32_t at;
+  uint32_t at;  // address in the table of the channel before the one that bits[0] starts with, plus kBias
 
-  // Sink rows are kSinkRows: called before each vector.
-  __device__ __forceinline__ void clamp(uint32_t sink) { at = min(at, sink); }
+  __device__ __forceinline__ void go_to(uint32_t address) { at = address + kBias; }
 
   // Consumes channels up to and including the next kept one, and returns its address in the table. The i-th
-  // call, from 0, since advance(). `ones` is all ones, kLive the words that may still hold a bitmap's bits.
-  template <int kLive>
+  // call, from 0, since advance(). `ones` is all ones.
   __device__ __forceinline__ uint32_t step(int i, uint32_t ones) {
-    const uint32_t zeros = leading_zeros(bits[0]), shift = zeros + 1;
-    at += zeros * kPitch;
+    const uint32_t place = highest_one(bits[0]);
+    at -= place * kPitch;
 #pragma unroll
-    for (int w = 0; w < kLive; ++w)
-      bits[w] = __funnelshift_lc(w + 1 < kLive ? bits[w + 1] : ones, bits[w], shift);
-    return at + (i + 1) * kPitch;
+    for (int w = 0; w < kWords; ++w)  // by zeros + 1 to the left
+      bits[w] = __funnelshift_r(w + 1 < kWords ? bits[w + 1] : ones, bits[w], place);
+    return at + (i + 1) * kChannelsPerStep * kPitch - kBias;
   }
 
-  __device__ __forceinline__ void advance(int steps) { at += steps * kPitch; }
+  // After the kVectorValues steps of a vector. Not beyond the last channel, because sink rows are as many.
+  __device__ __forceinline__ void advance(uint32_t sink) {
+    at = min(at + kVectorValues * kChannelsPerStep * kPitch, sink + kBias);
+  }
 
   __device__ __forceinline__ bool stalled() const { return bits[0] == 0; }
 
@@ -126,13 +124,6 @@ struct Scan {
   }
 };
 
-// Whether a row of so many vectors is walked without a thought for runs of 32 zeros: at random 28 % of the
-// channels they come once in 40,000 values, and then cost a second walk.
-template <int kWords>
-__device__ __forceinline__ bool is_dense(int vectors) {
-  return vectors * kVectorValues * 7 >= kWords * 32 * 2;
-}
-
 // A lane's two rows on their way through a table of kPitch bytes a channel, channel 0 of row r at table + r *
 // kRowBytes. Visit: visit(row, address, pair, high) with the address of the value's channel in the table, and
 // the value in the low or high half of `pair`. Slots without a channel land in the sink rows.
@@ -143,46 +134,41 @@ struct Walk {
   const uint32_t ones;
   Scan<kWords, kPitch> scan[kRowsPerLane];
   uint32_t pairs[kRowsPerLane][4];  // the vector at work
+  bool has_gap;                     // whether a row has a run of 32 zeros
 
   __device__ __forceinline__ Walk(uint32_t table, int head_dim)
       : before(table - kPitch), sink(before + head_dim * kPitch), ones(opaque_ones()) {}
 
   // The rows' bitmaps, least significant bit first.
-  __device__ __forceinline__ void start(const uint32_t (&words)[kRowsPerLane][kWords], int head_dim) {
+  __device__ __forceinline__ void start(uint32_t (&words)[kRowsPerLane][kWords], int head_dim) {
+    has_gap = false;
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) scan[r].bits[i] = __brev(words[r][i]);
-      scan[r].at = before + r * kRowBytes;
-    }
-    if (head_dim < kWords * 32) {
-#pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const int channels = head_dim - 32 * i;  // of this word
-        const uint32_t sentinels = channels >= 32 ? 0 : channels <= 0 ? ~0u : ~0u >> channels;
-#pragma unroll
-        for (int r = 0; r < kRowsPerLane; ++r) scan[r].bits[i] |= sentinels;
+        if (i >= kWords / 2 || kWords == 2) words[r][i] |= sentinels(i, head_dim);
+        scan[r].bits[i] = __brev(words[r][i]);
       }
+      // 32 zeros in a row are the end of one word and the start of the next (or all of one of them): the
+      // float is 2 to the power of 31 - zeros, or up to twice as much. So 31 zeros may count, too.
+#pragma unroll
+      for (int i = 0; i + 1 < kWords; ++i)
+        has_gap |= __uint2float_rz(words[r][i]) * __uint2float_rz(scan[r].bits[i + 1]) < 4294967296.f;
+      scan[r].go_to(before + r * kRowBytes);
     }
   }
 
   // The values of row r go to the sink rows.
   __device__ __forceinline__ void park(int r) {
-    scan[r].at = sink + r * kRowBytes;
+    scan[r].go_to(sink + r * kRowBytes);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) scan[r].bits[i] = ~0u;
   }
 
-  __device__ __forceinline__ void clamp() {
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) scan[r].clamp(sink + r * kRowBytes);
-  }
-
-  template <int kLive, class Visit>
+  template <class Visit>
   __device__ __forceinline__ void visit_value(int i, Visit& visit) {
 #pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r)
-      visit(r, scan[r].template step<kLive>(i, ones), pairs[r][i / 2], i % 2 == 1);
+    for (int r = 0; r < kRowsPerLane; ++r) visit(r, scan[r].step(i, ones), pairs[r][i / 2], i % 2 == 1);
   }
 
   __device__ __forceinline__ void skip_zeros() {
@@ -190,12 +176,20 @@ struct Walk {
     for (int r = 0; r < kRowsPerLane; ++r) scan[r].skip_zeros(ones);
   }
 
-  __device__ __forceinline__ void advance(int steps) {
+  __device__ __forceinline__ void advance() {
 #pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) scan[r].advance(steps);
+    for (int r = 0; r < kRowsPerLane; ++r) scan[r].advance(sink + r * kRowBytes);
   }
 
   __device__ __forceinline__ bool stalled() const { return scan[0].stalled() || scan[1].stalled(); }
+
+ private:
+  // Ones for what is not a channel in word i of the upper half: head_dim is more than half of the channels
+  // that the kernel is compiled for, unless those are 64.
+  static __device__ __forceinline__ uint32_t sentinels(int i, int head_dim) {
+    const int channels = head_dim - 32 * i;  // of this word
+    return channels >= 32 ? 0 : channels <= 0 ? ~0u : ~0u << channels;
+  }
 };
 
 }  // namespace mustafar::cuda

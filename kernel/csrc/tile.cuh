@@ -40,96 +40,109 @@ __device__ __forceinline__ void store_column(uint32_t column, const uint4& first
     store32(column + i * kTilePitch, __byte_perm(a[i / 2], b[i / 2], i % 2 == 0 ? 0x5410 : 0x7632));
 }
 
-// Weights of a slice: for each head 32 words, the weights of tokens l and l + 32, in the order in which
-// ValueProduct loads them, and once more with neighbours swapped. Odd heads have the two vectors of 16 bytes
-// of each thread the other way round, so that two heads' rows lie on different banks.
-constexpr int kWeightsPitch = 2 * 128;
+// Weights of a slice: for each head 32 words, word l the weights of tokens l and l + 32. Rows are one and a
+// half times as far apart, so that 16-byte loads from neighbouring heads lie on different banks.
+constexpr int kWeightsPitch = 128 + 64;
 __host__ __device__ constexpr int weights_bytes(int heads) { return heads * kWeightsPitch; }
-// Where lane l's word lies in the first copy. Thread q loads words (4q, 4q + 16, 4q + 1, 4q + 17) as one
-// vector and (4q + 2, 4q + 18, 4q + 3, 4q + 19) as the next.
-__device__ __forceinline__ uint32_t weight_column(int lane) {
-  return (lane % 16 / 4 * 8 + lane % 4 / 2 * 4 + lane % 2 * 2 + lane / 16) * 4;
-}
 __device__ __forceinline__ void store_weight(uint32_t weights, int head, uint32_t pair, int lane) {
-  const uint32_t row = weights + head * kWeightsPitch, column = weight_column(lane) ^ (head % 2 * 16);
-  store32(row + column, pair);
-  store32(row + 128 + (column ^ 4), pair);
+  store32(weights + head * kWeightsPitch + lane * 4, pair);
 }
 
 // sum[head][channel] += over the slice's tokens of weights[head][token] * tile[channel][token].
 //
-// mma rows are heads, columns are channels, and the depth runs over tokens, two per tile word. Thread
-// (g = lane / 4, q = lane % 4) must feed channel g with the words of q. It loads 16 bytes, words 4q..4q+3 of
-// one half of the row; to avoid conflicts odd channels load the upper half of the row when even channels load
-// the lower. So odd channels see the tokens in another order than even ones. Instead of swapping registers,
-// the weights come in both orders: rows 0-7 of the mma are the heads in the order of even channels, rows 8-15
-// the same heads in the order of odd channels, and each channel keeps the rows that fit it.
+// mma rows are channels, columns are heads, and the depth runs over tokens, two per tile word. Thread
+// (g = lane / 4, q = lane % 4) must feed channels g and g + 8 of 16 with the words of q. It loads 16 bytes,
+// words 4q..4q+3 of one half of the row; to avoid conflicts odd channels load the upper half of the row when
+// even channels load the lower. So odd channels see the tokens in another order than even ones. Instead of
+// swapping registers, the weights come in both orders: up to 4 heads are columns 0-3 of the mma in the order
+// of even channels, and columns 4-7 in the order of odd ones; with 8 heads there is an mma for either. Each
+// channel keeps the columns that fit it.
 template <class T, int kChannels, int kHeads>
 struct ValueProduct {
-  static constexpr int kBlocks = kChannels / kMmaColumns;
-  float sum[kBlocks][4];  // of head g: [0] channel 8 block + 2q, [3] the next; [1] and [2] mean nothing
+  static constexpr int kBlocks = kChannels / kMmaRows;
+  static constexpr int kOrders = kHeads <= 4 ? 1 : 2;  // mma for each order
+  static_assert(kHeads <= kMmaColumns);
+  // Channels 16 block + g in [0] and [1], + 8 in [2] and [3]; columns 2q in [0] and [2], 2q + 1 in [1] and
+  // [3].
+  float sum[kBlocks][kOrders][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[block][i] = 0.f;
+      for (int order = 0; order < kOrders; ++order)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[block][order][i] = 0.f;
   }
 
-  // The head whose sums this thread holds, if there are as many.
-  static __device__ __forceinline__ int head(int lane) { return lane / 4; }
+  // The first of the two heads in this thread's columns.
+  static __device__ __forceinline__ int head(int lane) { return kOrders == 1 ? lane % 2 * 2 : lane % 4 * 2; }
 
-  __device__ __forceinline__ void scale(float factor) {
+  __device__ __forceinline__ void scale(float first, float second) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) sum[block][0] *= factor, sum[block][3] *= factor;
+    for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+      for (int order = 0; order < kOrders; ++order)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[block][order][i] *= i % 2 == 0 ? first : second;
   }
 
   // Leaves the tile all zeros. The caller puts a __syncwarp() before and after.
-  __device__ __forceinline__ void add(uint32_t tile, uint32_t weights, int head_dim, int lane) {
+  __device__ __forceinline__ void add(uint32_t tile, uint32_t weights, int lane) {
     const int g = lane / 4, q = lane % 4;
-    // Operand a of the four steps, each the four registers in a row that the mma wants: even channels' words
-    // (lower half of the row first) in [0] and [2], odd channels' (upper half first) in [1] and [3].
-    uint32_t a[4][4];
+    // Operand b of the four steps: words 4q + i of the half of the row that comes first in this column's
+    // order, and of the other half.
+    uint32_t b[kOrders][2][4];
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-      load(weights + g % kHeads * kWeightsPitch + step / 2 * 128 + q * 32 + (step % 2 ^ g % kHeads % 2) * 16,
-           a[step]);
-    const uint32_t first_half = tile + g * kTilePitch + g % 2 * 64 + q * 16;
-    const uint32_t second_half = tile + g * kTilePitch + (1 - g % 2) * 64 + q * 16;
-    constexpr int kAtOnce =
-        kChannels == 256 ? 2 : 4;  // blocks whose products are independent: hides the latency of the mma
+    for (int order = 0; order < kOrders; ++order) {
+      const int upper_first = kOrders == 1 ? g / 4 : order, head = kOrders == 1 ? g % 4 : g;
+      const uint32_t row = weights + head % kHeads * kWeightsPitch + q * 16;
+      load(row + upper_first * 64, b[order][0]);
+      load(row + (1 - upper_first) * 64, b[order][1]);
+    }
+    const uint32_t halves[2] = {tile + g * kTilePitch + g % 2 * 64 + q * 16,
+                                tile + g * kTilePitch + (1 - g % 2) * 64 + q * 16};
+    constexpr int kAtOnce = kChannels == 256 ? 2 : 4;  // loaded before the first mma waits
 #pragma unroll
     for (int block = 0; block < kBlocks; block += kAtOnce) {
-      if (block * kMmaColumns >= head_dim) break;
-      uint32_t x[kAtOnce][4], y[kAtOnce][4];
+      uint32_t low[kAtOnce][2][4], high[kAtOnce][2][4];  // channels g and g + 8: [block][half][word]
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const uint32_t row = (block + j) * kMmaColumns * kTilePitch;
-        load(first_half + row, x[j]);
-        load(second_half + row, y[j]);
-        store_zeros(first_half + row);
-        store_zeros(second_half + row);
-      }
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t row = halves[half] + (block + j) * kMmaRows * kTilePitch;
+          load(row, low[j][half]);
+          load(row + 8 * kTilePitch, high[j][half]);
+          store_zeros(row);
+          store_zeros(row + 8 * kTilePitch);
+        }
 #pragma unroll
       for (int step = 0; step < 4; ++step)
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const uint32_t (&words)[4] = step < 2 ? x[j] : y[j];
-          Half<T>::mma(sum[block + j], a[step][0], a[step][1], a[step][2], a[step][3], words[step % 2 * 2],
-                       words[step % 2 * 2 + 1]);
-        }
+        for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+          for (int order = 0; order < kOrders; ++order) {
+            const uint32_t (&x)[4] = low[j][step / 2], (&y)[4] = high[j][step / 2],
+                           (&w)[4] = b[order][step / 2];
+            const int i = step % 2;  // words i and i + 2: half of them are where the mma wants them
+            Half<T>::mma(sum[block + j][order], x[2 * i], y[2 * i], x[2 * i + 1], y[2 * i + 1], w[2 * i],
+                         w[2 * i + 1]);
+          }
     }
   }
 
   // out[head][kChannels]
   __device__ __forceinline__ void store(float* out, int lane) const {
     const int g = lane / 4, q = lane % 4;
-    if (g >= kHeads) return;
+    if (kOrders == 1 && g % 2 != q / 2) return;  // columns of the other order
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      out[g * kChannels + block * kMmaColumns + 2 * q] = sum[block][0];
-      out[g * kChannels + block * kMmaColumns + 2 * q + 1] = sum[block][3];
-    }
+    for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int h = head(lane) + i % 2, channel = block * kMmaRows + g + i / 2 * 8;
+        const float x = kOrders == 1 || g % 2 == 0 ? sum[block][0][i] : sum[block][kOrders - 1][i];
+        if (h < kHeads) out[h * kChannels + channel] = x;
+      }
   }
 };
 

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
     value_output_kernel(const __grid_constant__ ValueOutputParams p, const __grid_constant__ Plan plan) {
   constexpr int kBytes = kWarpBytes<kChannels, kHeads>;
   extern __shared__ __align__(16) char shared[];
+  launch_next();
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
   const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
@@ -49,23 +50,27 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
       if (h < at.heads && token + kWarpSize < p.tokens) pairs[h] |= uint32_t{__ldg(from + kWarpSize)} << 16;
     }
   };
-  if (feed.more()) load_pairs(feed.slice());
   fill_zeros(region, tile_bytes(kChannels), lane);
   ValueProduct<T, kChannels, kHeads> product;
   product.clear();
   __syncwarp();
-  Scatter scatter;
-  for (; feed.more(); feed.end()) {
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) store_weight(weights, h, pairs[h], lane);
-    load_pairs(feed.slice() + slices.stride);
+  if (slices.first < slices.end) {
+    Scatter scatter;
     TileWalk<ValueFeed<kChannels>::kBitmapWords> walk(tile_column(tile, lane), p.head_dim);
+    load_pairs(slices.first);
+    feed.wait_bitmaps(0);
     feed.begin(walk, p.head_dim);
-    visit_all(Tour{feed, walk, scatter});
-    feed.finish(walk, p.head_dim, [] {}, scatter);
-    __syncwarp();
-    product.add(tile, weights, p.head_dim, lane);
-    __syncwarp();
+    while (feed.more()) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) store_weight(weights, h, pairs[h], lane);
+      load_pairs(feed.slice() + slices.stride);
+      visit_all(Tour{feed, walk, scatter});
+      feed.wait_bitmaps(feed.vectors());
+      __syncwarp();
+      feed.begin(walk, p.head_dim);
+      product.add(tile, weights, lane);
+      __syncwarp();
+    }
   }
   wait_copies<0>();
 
@@ -92,6 +97,7 @@ template <class T>
 __global__ void combine_kernel(const __grid_constant__ ValueOutputParams p, int splits) {
   const int64_t b = blockIdx.x / p.q_heads, q_head = blockIdx.x % p.q_heads;
   const float* sums = static_cast<const float*>(p.workspace) + blockIdx.x * int64_t{splits} * p.head_dim;
+  wait_for_previous_launch();
   for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
     float sum = 0.f;
 #pragma unroll 8
@@ -117,8 +123,8 @@ cudaError_t run(const ValueOutputParams& p, cudaStream_t stream) {
   if (plan.splits > 1 && !(p.workspace != nullptr && aligned(p.workspace, 16))) return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(launch(value_output_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan));
   if (plan.splits == 1) return cudaSuccess;
-  combine_kernel<T><<<p.batch * p.q_heads, std::min(kChannels, 128), 0, stream>>>(p, plan.splits);
-  return cudaGetLastError();
+  return launch_after(combine_kernel<T>, int64_t{p.batch} * p.q_heads, std::min(kChannels, 128), stream, p,
+                      plan.splits);
 }
 
 // Up to 4 heads take the kernel for 4: fewer save nothing.
