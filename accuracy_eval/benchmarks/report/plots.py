@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .intervals import Estimate, score
 from .runs import Run
 from .tables import AVERAGE, Report
 
 MARKERS = "osD^vP*X<>"
+#: Up to so many runs stand as bars side by side.
+_SIDE_BY_SIDE = 5
+_ERROR_LINES = {"linewidth": 0.8, "capthick": 0.8, "ecolor": "black"}
 
 
 def family(run: Run) -> str:
@@ -18,73 +22,132 @@ def family(run: Run) -> str:
     return ", ".join(pruned) or "dense"
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float, **options: object):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **options)
+    for one in figure.axes:
+        one.spines[["top", "right"]].set_visible(False)
     return pyplot, figure, axes
+
+
+def _error(found: list[Estimate]) -> list[list[float]]:
+    return [[max(0.0, e.score - e.low) for e in found], [max(0.0, e.high - e.score) for e in found]]
 
 
 def accuracy_by_size(report: Report, title: str, path: Path) -> None:
     """Average score with its interval against the measured bytes of the cache; a line for each family of rules."""
-    pyplot, figure, axes = _figure(8.4, 5)
+    pyplot, figure, axes = _figure(9.4, 5)
     families: dict[str, list[Run]] = {}
     for run in report.runs:
-        if run.kv_share is not None:
+        if run.kv_share is not None and not run.is_dense:
             families.setdefault(family(run), []).append(run)
     colours = pyplot.get_cmap("tab10")
+    base = report.base and score(report.base, report.names)
+    if base:
+        axes.axhspan(base.low, base.high, color="0.93", zorder=0)
+        axes.axhline(base.score, color="0.6", linewidth=0.8, zorder=0)
+        axes.errorbar(
+            [100], [base.score], yerr=_error([base]), label="dense", marker="o", color="black", capsize=3,
+            linestyle="none", zorder=5,
+        )  # fmt: skip
     for number, (name, runs) in enumerate(families.items()):
         runs = sorted(runs, key=lambda run: -run.kv_share)
-        found = [report.resampled.mean(run, report.names) for run in runs]
-        shares, scores = [100 * run.kv_share for run in runs], [e.score for e in found]
-        error = [[e.score - e.low for e in found], [e.high - e.score for e in found]]
+        # Rules of one sparsity take the same bytes: side by side, their intervals can be read.
+        aside = 0.45 * (number - (len(families) - 1) / 2)
+        found = [score(run, report.names) for run in runs]
+        shares = [100 * run.kv_share + aside for run in runs]
+        style = {"color": colours(number % 10), "linewidth": 1.2}
         axes.errorbar(
-            shares, scores, yerr=error, label=name, marker=MARKERS[number % len(MARKERS)], capsize=2,
-            color="black" if name == "dense" else colours(number % 10), linewidth=1.2, markersize=5,
+            shares, [e.score for e in found], yerr=_error(found), label=name, capsize=3,
+            marker=MARKERS[(number + 1) % len(MARKERS)], markersize=5, **style,
         )  # fmt: skip
-    if report.base:
-        dense = report.resampled.mean(report.base, report.names).score
-        axes.axhline(dense, color="0.7", linewidth=0.8, zorder=0)
+        if base:
+            axes.plot([100, shares[0]], [base.score, found[0].score], alpha=0.35, zorder=1, **style)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, 100 + 0.03 * (100 - low)))  # no scores above 100
     axes.invert_xaxis()
-    axes.set_xlabel("bytes of the KV cache (% of dense, window included), smaller to the right")
-    axes.set_ylabel(f"average score of {len(report.names)} data sets (%)")
-    axes.set_title(f"{title}: accuracy by measured size of the cache", fontsize=10)
+    axes.set_xlabel("bytes of the KV cache (% of dense, window included; smaller to the right)")
+    count = len(report.names)
+    axes.set_ylabel(
+        f"average score of {count} data sets (%)" if count > 1 else f"score of {report.names[0]} (%)"
+    )
+    axes.set_title(f"{title}: accuracy by measured size of the cache, 95 % intervals", fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
 def by_task(report: Report, title: str, path: Path) -> None:
-    """Bars by data set (by group, where there are many), one colour a run, the average at the right."""
+    """Bars by data set (by group, where there are many), the average last; for many runs a panel each."""
     columns = report.columns()
     if len(report.names) <= 8:
-        columns = {name: [name] for name in report.names} | {AVERAGE: report.names}
-    runs = report.runs
-    pyplot, figure, axes = _figure(max(7.0, 1.6 + (0.5 + 0.16 * len(runs)) * len(columns)), 4.4)
-    width = 0.84 / len(runs)
-    colours = pyplot.get_cmap("viridis")
-    for i, run in enumerate(runs):
-        found = [report.resampled.mean(run, names) for names in columns.values()]
-        values = [e.score for e in found]
-        error = [
-            [max(0.0, e.score - e.low) for e in found],
-            [max(0.0, e.high - e.score) for e in found],
-        ]
-        places = [n + (i - (len(runs) - 1) / 2) * width for n in range(len(values))]
-        axes.bar(
-            places, values, width * 0.92, label=run.label, yerr=error,
-            color=colours(0.1 + 0.8 * i / max(1, len(runs) - 1)), error_kw={"linewidth": 0.7, "ecolor": "0.3"},
-        )  # fmt: skip
-    axes.set_xticks(range(len(columns)), list(columns), rotation=15, ha="right")
-    axes.axvline(len(columns) - 1.5, color="0.7", linewidth=1)
-    axes.set_ylabel("score (%)")
-    axes.set_ylim(0, 105)
-    axes.set_title(f"{title}: scores with 95 % intervals", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=min(7, len(runs)), frameon=False, fontsize=8)
+        columns = {name: [name] for name in report.names}
+        if len(report.names) > 1:
+            columns[AVERAGE] = report.names
+    draw = _grouped_bars if len(report.runs) <= _SIDE_BY_SIDE else _panels
+    pyplot, figure = draw(report, columns)
+    figure.suptitle(f"{title}: scores with 95 % intervals", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _grouped_bars(report: Report, columns: dict[str, list[str]]):
+    runs = report.runs
+    pyplot, figure, axes = _figure(max(6.0, 1.6 + (0.5 + 0.16 * len(runs)) * len(columns)), 4.6)
+    width = 0.86 / len(runs)
+    for i, run in enumerate(runs):
+        found = [score(run, names) for names in columns.values()]
+        values = [e.score for e in found]
+        places = [n + (i - (len(runs) - 1) / 2) * width for n in range(len(values))]
+        axes.bar(
+            places, values, width * 0.92, label=run.label, yerr=_error(found), color=_colour(report, i), capsize=3,
+            error_kw=_ERROR_LINES,
+        )  # fmt: skip
+        for place, value in zip(places, values, strict=True):
+            axes.text(place, 1.5, f"{value:.1f}", ha="center", fontsize=7)
+    axes.set_xticks(range(len(columns)), list(columns))
+    if len(columns) > 5:
+        axes.tick_params("x", rotation=15)
+    if len(columns) > 1:
+        axes.axvline(len(columns) - 1.5, color="0.7", linewidth=1)
+    axes.set_xlim(-0.55, len(columns) - 0.45)
+    axes.set_ylabel("score (%)")
+    axes.set_ylim(0, 102)
+    figure.legend(loc="outside lower center", ncols=len(runs), frameon=False, fontsize=8)
+    return pyplot, figure
+
+
+def _panels(report: Report, columns: dict[str, list[str]]):
+    runs = report.runs
+    size = (2.2 + 1.35 * len(columns), 1.3 + 0.24 * len(runs))
+    pyplot, figure, grid = _figure(*size, ncols=len(columns), sharey=True, squeeze=False)
+    colours = [_colour(report, i) for i in range(len(runs))]
+    for axes, (name, names) in zip(grid[0], columns.items(), strict=True):
+        found = [score(run, names) for run in runs]
+        axes.barh(
+            range(len(runs)), [e.score for e in found], 0.84, xerr=_error(found), color=colours, capsize=2,
+            error_kw=_ERROR_LINES,
+        )  # fmt: skip
+        for place, estimate in enumerate(found):
+            axes.text(2, place, f"{estimate.score:.1f}", va="center", fontsize=7)
+        axes.set_title(name, fontsize=9, fontweight="bold" if name == AVERAGE else None)
+        axes.set_xlim(0, 102)
+        axes.set_xticks([0, 50, 100])
+        axes.tick_params(labelsize=8)
+    grid[0, 0].set_yticks(range(len(runs)), [run.label for run in runs])
+    grid[0, 0].invert_yaxis()
+    figure.supxlabel("score (%)", fontsize=9)
+    return pyplot, figure
+
+
+def _colour(report: Report, index: int):
+    from matplotlib import colormaps
+
+    if report.runs[index].is_dense:
+        return "0.72"
+    return colormaps["viridis"](0.4 + 0.55 * index / max(1, len(report.runs) - 1))

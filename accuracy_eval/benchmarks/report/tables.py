@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..longbench.tasks import GROUPS_OF_PAPER
 from ..ruler.tasks import parse_data_name
-from .intervals import Estimate, Resampled
+from .intervals import Estimate, difference, score
 from .published import Published
 from .runs import Run
 
@@ -21,7 +21,6 @@ class Report:
 
     runs: list[Run]
     names: list[str]
-    resampled: Resampled
     published: list[Published]
 
     @property
@@ -66,12 +65,15 @@ def markdown(report: Report, title: str) -> str:
     notes = ["KV bytes: what the cache held of a dense one's bytes, window included, measured on these rows."]
     if report.base:
         notes.append(
-            "Difference: of the averages, to the dense run, with the 95 % interval of the paired bootstrap over rows."
+            "Difference: of the averages, to the dense run on the same rows, in points, with its 95 % interval."
         )
     notes += dict.fromkeys(f"Published figures: {row.source}." for row in report.published)
     parts += [" ".join(notes), ""]
     parts += ["## By data set, with 95 % intervals", "", _by_name(report), ""]
-    parts += ["Intervals are Wilson's where answers are right or wrong, else the bootstrap's.", ""]
+    intervals = (
+        "Wilson's where answers are right or wrong, else normal ones with two rows of 0 and two of 100 added"
+    )
+    parts += [f"Intervals are {intervals}; differences are of matched pairs (Agresti and Min).", ""]
     return "\n".join(parts)
 
 
@@ -83,7 +85,7 @@ def _by_group(report: Report) -> str:
     lines = [head]
     for run in report.runs:
         cells = [run.label, _share(run)]
-        cells += [f"{report.resampled.mean(run, names).score:.2f}" for names in columns.values()]
+        cells += [f"{score(run, names).score:.2f}" for names in columns.values()]
         if report.base:
             same = run is report.base
             cells.append("" if same else _difference(report, run))
@@ -97,14 +99,14 @@ def _by_group(report: Report) -> str:
 
 
 def _difference(report: Report, run: Run) -> str:
-    found = report.resampled.difference(run, report.base, report.names)
+    found = difference(run, report.base, report.names)
     return f"{found.score:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
 def _by_name(report: Report) -> str:
     lines = [["configuration", *report.names]]
     for run in report.runs:
-        found = [report.resampled.mean(run, [name]) for name in report.names]
+        found = [score(run, [name]) for name in report.names]
         lines.append([run.label, *(f"{e.score:.1f} [{e.low:.1f}, {e.high:.1f}]" for e in found)])
     return _grid(lines)
 
@@ -151,17 +153,16 @@ def as_csv(report: Report) -> str:
         ]
         for kind, name, names in lines:
             rows = sum(report.rows_of(member) for member in names)
-            cells = [kind, name, rows, *_numbers(report.resampled.mean(run, names))]
+            cells = [kind, name, rows, *_numbers(score(run, names))]
             if report.base and run is not report.base:
-                cells += _numbers(report.resampled.difference(run, report.base, names))
+                cells += _numbers(difference(run, report.base, names))
             else:
                 cells += ["", "", ""]
             writer.writerow([*what, *cells])
     for row in report.published:
-        for name, score in row.scores.items():
-            writer.writerow(
-                [row.label, f"published: {row.source}", *[""] * 6, "group", name, "", score, *[""] * 5]
-            )
+        for name, value in row.scores.items():
+            what = [row.label, f"published: {row.source}", *[""] * 6]
+            writer.writerow([*what, "group", name, "", value, *[""] * 5])
     return out.getvalue()
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from ..shared.errors import UserError
 from ..shared.store import replace_file
 from . import plots, tables
-from .intervals import Resampled
 from .published import Published
 from .runs import check_comparable, read_run
 
@@ -33,13 +32,13 @@ def make_report(
         raise UserError(
             f"published figures of {', '.join(unknown)}: no such row; there are {', '.join(r.label for r in runs)}"
         )
-    return tables.Report(runs, names, Resampled(runs, names), list(published))
+    return tables.Report(runs, names, list(published))
 
 
 def title_of(report: tables.Report) -> str:
     """Return what a report is of: model and benchmark."""
     config = report.runs[0].config
-    return f"{Path(config['model']).name}: {BENCHMARKS.get(config['benchmark'], config['benchmark'])}"
+    return f"{Path(config['model']).name}, {BENCHMARKS[config['benchmark']]}"
 
 
 def left_out(report: tables.Report) -> list[str]:
