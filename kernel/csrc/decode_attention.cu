@@ -87,27 +87,32 @@ struct Worker {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) visible[r] = sequence.in_window(first + lane + r * kWarpSize);
     scores.clear();
-#pragma unroll 2
-    for (int vector = 0; vector < head_dim / kVectorValues; ++vector) {
-      uint4 key[kRowsPerLane], value[kRowsPerLane];
+    // Loads run ahead of their use by a step, as copies do elsewhere.
+    constexpr int kStep = 2;
+    const int vectors = head_dim / kVectorValues;
+    uint4 key[kStep][kRowsPerLane], value[kStep][kRowsPerLane];
+    const auto fetch = [&](int vector) {
 #pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) {
-        key[r] = keys.vector(first + lane + r * kWarpSize, visible[r], vector);
-        value[r] = values.vector(first + lane + r * kWarpSize, visible[r], vector);
-      }
-      store_column(tile_column(tile, lane) + vector * kVectorValues * kTilePitch, value[0], value[1]);
-#pragma unroll
-      for (int i = 0; i < kVectorValues; ++i) {
-        float queries[kHeads];
-        Queries::read(column + (vector * kVectorValues + i) * Queries::kPitch, queries);
+      for (int j = 0; j < kStep; ++j)
 #pragma unroll
         for (int r = 0; r < kRowsPerLane; ++r) {
-          const uint32_t pair = i < 2 ? key[r].x : i < 4 ? key[r].y : i < 6 ? key[r].z : key[r].w;
-          const float x = i % 2 == 0 ? Half<T>::low(pair) : Half<T>::high(pair);
-#pragma unroll
-          for (int h = 0; h < kHeads; ++h) scores.of[r][h] = fmaf(queries[h], x, scores.of[r][h]);
+          const int token = first + lane + r * kWarpSize, i = min(vector + j, vectors - 1);
+          key[j][r] = keys.vector(token, visible[r], i);
+          value[j][r] = values.vector(token, visible[r], i);
         }
-      }
+    };
+    fetch(0);
+#pragma unroll 1
+    for (int vector = 0; vector < vectors; vector += kStep) {
+      uint4 x[kStep][kRowsPerLane], y[kStep][kRowsPerLane];
+#pragma unroll
+      for (int j = 0; j < kStep; ++j)
+#pragma unroll
+        for (int r = 0; r < kRowsPerLane; ++r) x[j][r] = key[j][r], y[j][r] = value[j][r];
+      fetch(vector + kStep);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j)
+        if (vector + j < vectors) take(column, vector + j, x[j], y[j]);
     }
     scale_scores();
 #pragma unroll
@@ -160,6 +165,23 @@ struct Worker {
   }
 
  private:
+  // A vector of keys for the scores, and of values into the tile.
+  __device__ __forceinline__ void take(uint32_t column, int vector, const uint4 (&key)[kRowsPerLane],
+                                       const uint4 (&value)[kRowsPerLane]) {
+    store_column(tile_column(tile, lane) + vector * kVectorValues * kTilePitch, value[0], value[1]);
+#pragma unroll
+    for (int i = 0; i < kVectorValues; ++i) {
+      float queries[kHeads];
+      Queries::read(column + (vector * kVectorValues + i) * Queries::kPitch, queries);
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) {
+        const uint32_t pair = i < 2 ? key[r].x : i < 4 ? key[r].y : i < 6 ? key[r].z : key[r].w;
+        const float x = i % 2 == 0 ? Half<T>::low(pair) : Half<T>::high(pair);
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) scores.of[r][h] = fmaf(queries[h], x, scores.of[r][h]);
+      }
+    }
+  }
   __device__ __forceinline__ void scale_scores() {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r)

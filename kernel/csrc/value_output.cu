@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
     load_pairs(slices.first);
     feed.wait_bitmaps(0);
     feed.begin(walk, p.head_dim);
+    feed.hide(walk);
     while (feed.more()) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) store_weight(weights, h, pairs[h], lane);
@@ -67,9 +68,10 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
       visit_all(Tour{feed, walk, scatter});
       feed.wait_bitmaps(feed.vectors());
       __syncwarp();
-      feed.begin(walk, p.head_dim);
       product.add(tile, weights, lane);
       __syncwarp();
+      feed.begin(walk, p.head_dim);
+      feed.hide(walk);
     }
   }
   wait_copies<0>();
