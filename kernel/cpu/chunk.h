@@ -76,8 +76,15 @@ class ChunkReader {
   // scores[g * kScoresPitch + i] = key of token `begin + i` . query row g
   void score(const Chunk& chunk, const float* queries, int group, void* tile, float* scores) const {
     for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
-      rows = load(chunk, token, tile);
-      kernel_.dot[dtype()](tile, pitch(), queries, group, scores + token - chunk.begin, kScoresPitch);
+      float* const part = scores + token - chunk.begin;
+      if (chunk.in_window) {
+        rows = load(chunk, token, tile);
+        kernel_.dot[dtype()](tile, pitch(), queries, group, part, kScoresPitch);
+      } else {
+        const PackedRows packed = reader_.rows_until(chunk.b, chunk.h, token, chunk.end);
+        kernel_.score[dtype()](packed, queries, group, part, kScoresPitch);
+        rows = packed.rows;
+      }
     }
   }
 
@@ -85,23 +92,24 @@ class ChunkReader {
   void weigh(const Chunk& chunk, const float* weights, int group, void* tile, float* sums) const {
     std::fill_n(sums, group * pitch(), 0.0f);
     for (int64_t token = chunk.begin, rows; token < chunk.end; token += rows) {
-      rows = load(chunk, token, tile);
-      kernel_.accumulate[dtype()](tile, pitch(), static_cast<int>(rows), weights + token - chunk.begin,
-                                  kScoresPitch, group, sums);
+      const float* const part = weights + token - chunk.begin;
+      if (chunk.in_window) {
+        rows = load(chunk, token, tile);
+        kernel_.accumulate[dtype()](tile, pitch(), static_cast<int>(rows), part, kScoresPitch, group, sums);
+      } else {
+        const PackedRows packed = reader_.rows_until(chunk.b, chunk.h, token, chunk.end);
+        kernel_.weigh[dtype()](packed, part, kScoresPitch, group, sums);
+        rows = packed.rows;
+      }
     }
   }
 
  private:
   int dtype() const { return static_cast<int>(dtype_); }
 
-  // Brings tokens from `token` on into the tile and says how many. The columns past D of the tile must be
-  // zero.
+  // Brings window tokens from `token` on into the tile and says how many. The columns past D of the tile must
+  // be zero.
   int load(const Chunk& chunk, int64_t token, void* tile) const {
-    if (!chunk.in_window) {
-      const PackedRows rows = reader_.tile(chunk.b, chunk.h, token, chunk.end);
-      kernel_.expand[dtype()](rows, tile, pitch());
-      return rows.rows;
-    }
     const int rows = static_cast<int>(std::min<int64_t>(kTileRows, chunk.end - token));
     for (int r = 0; r < rows; ++r) {
       const int64_t start =

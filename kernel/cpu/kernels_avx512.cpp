@@ -23,6 +23,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,popcnt")
 #endif
 
+#include "packed_avx512.h"
 #include "table.h"
 
 namespace mustafar::cpu {
@@ -157,7 +158,7 @@ struct Avx512 {
 
 }  // namespace
 
-constexpr Kernels kAvx512Kernels = make_kernels<Avx512>("avx512");
+constexpr Kernels kAvx512Kernels = make_kernels<Avx512, Avx512Packed>("avx512");
 
 }  // namespace mustafar::cpu
 

@@ -37,10 +37,9 @@ class PackedReader {
     return {bitmap, at(view_.values, first, dtype_), words_, width, rows, groups_};
   }
 
-  // As many rows from `token` on as one tile takes: not past `end`, nor past the slice.
-  PackedRows tile(int64_t b, int64_t h, int64_t token, int64_t end) const {
-    const int64_t in_slice = kSliceTokens - token % kSliceTokens;
-    return rows(b, h, token, static_cast<int>(std::min({in_slice, end - token, int64_t{kTileRows}})));
+  // As many rows from `token` on as there are: not past `end`, nor past the slice.
+  PackedRows rows_until(int64_t b, int64_t h, int64_t token, int64_t end) const {
+    return rows(b, h, token, static_cast<int>(std::min(kSliceTokens - token % kSliceTokens, end - token)));
   }
 
  private:

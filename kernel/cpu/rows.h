@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "dense.h"
 #include "half.h"
 #include "simd.h"
 
@@ -56,22 +57,38 @@ struct Keys<float> {
   static constexpr Key kMagnitude = 0x7fffffff, kNan = 0x7f800001;
 };
 
-template <class Simd, class T>
-void expand_rows(const PackedRows& in, void* rows_out, int64_t pitch) {
-  // A row's vectors lie 64 tokens apart. Gathering them into one piece first lets a group start at any slot;
-  // the room behind is for the read of 32 elements at the last slot.
-  alignas(64) T staged[kTileRows * kMaxHeadDim + kMaxHeadDim + kGroup];
-  const int64_t width = std::min(in.width, kMaxHeadDim);  // no more slots can be in use
-  const int rows = in.rows, words = in.words, groups = in.groups;
-  const T* from = static_cast<const T*>(in.values);
-  T* out = static_cast<T*>(rows_out);
-  for (int64_t slot = 0; slot < width; slot += kVectorValues, from += kSliceTokens * kVectorValues) {
-    for (int r = 0; r < rows; ++r) {
-      std::memcpy(staged + slot + r * width, from + r * kVectorValues, kVectorValues * sizeof(T));
+// A row's vectors lie 64 tokens apart. Gathered into one piece, a group can start at any slot. Corrupt widths
+// cannot exceed the piece: no more slots than channels can be in use.
+inline int64_t staged_width(const PackedRows& in) { return std::min(in.width, kMaxHeadDim); }
+// Of kTileRows rows; the room behind is for the read of 32 elements at the last slot.
+constexpr int64_t kStagedSize = kTileRows * kMaxHeadDim + kMaxHeadDim + kGroup;
+
+// Calls body(part, staged, first) for every kTileRows rows, those from `first` on, with their slots in one
+// piece each.
+template <class T, class Body>
+void for_staged(const PackedRows& in, const Body& body) {
+  alignas(64) T staged[kStagedSize];
+  const int64_t width = staged_width(in);
+  for (int first = 0; first < in.rows; first += kTileRows) {
+    PackedRows part = in;
+    part.bitmap += static_cast<int64_t>(first) * in.words;
+    part.rows = std::min(kTileRows, in.rows - first);
+    const T* from = static_cast<const T*>(in.values) + static_cast<int64_t>(first) * kVectorValues;
+    for (int64_t slot = 0; slot < width; slot += kVectorValues, from += kSliceTokens * kVectorValues) {
+      for (int r = 0; r < part.rows; ++r) {
+        std::memcpy(staged + slot + r * width, from + r * kVectorValues, kVectorValues * sizeof(T));
+      }
     }
+    body(part, static_cast<const T*>(staged), first);
   }
+}
+
+template <class Simd, class T>
+void expand_staged(const PackedRows& in, const T* staged, T* out, int64_t pitch) {
+  const int64_t width = staged_width(in);
+  const int words = in.words, groups = in.groups;
   const uint64_t* bitmap = in.bitmap;
-  for (int r = 0; r < rows; ++r, bitmap += words, out += pitch) {
+  for (int r = 0; r < in.rows; ++r, bitmap += words, out += pitch) {
     const T* next = staged + r * width;
     for (int group = 0; group < groups; group += 2) {
       const uint64_t bits = bitmap[group / 2];
@@ -83,6 +100,36 @@ void expand_rows(const PackedRows& in, void* rows_out, int64_t pitch) {
     }
   }
 }
+
+template <class Simd, class T>
+void expand_rows(const PackedRows& in, void* out, int64_t pitch) {
+  for_staged<T>(in, [&](const PackedRows& part, const T* staged, int first) {
+    expand_staged<Simd>(part, staged, static_cast<T*>(out) + first * pitch, pitch);
+  });
+}
+
+// Products by way of a small dense tile.
+template <class Simd>
+struct TiledPacked {
+  template <class T>
+  static void score(const PackedRows& in, const float* q, int heads, float* scores, int64_t ld) {
+    const int64_t pitch = static_cast<int64_t>(in.groups) * kGroup;
+    alignas(64) T tile[kTileRows * kMaxHeadDim];
+    for_staged<T>(in, [&](const PackedRows& part, const T* staged, int first) {
+      expand_staged<Simd>(part, staged, tile, pitch);
+      dot<Simd, T>(tile, pitch, q, heads, scores + first, ld);
+    });
+  }
+  template <class T>
+  static void weigh(const PackedRows& in, const float* p, int64_t ld, int heads, float* acc) {
+    const int64_t pitch = static_cast<int64_t>(in.groups) * kGroup;
+    alignas(64) T tile[kTileRows * kMaxHeadDim];
+    for_staged<T>(in, [&](const PackedRows& part, const T* staged, int first) {
+      expand_staged<Simd>(part, staged, tile, pitch);
+      accumulate<Simd, T>(tile, pitch, part.rows, p + first, ld, heads, acc);
+    });
+  }
+};
 
 template <class Simd, class T>
 void row_to_float(const void* src, float* dst, int64_t n) {

@@ -10,40 +10,60 @@
 namespace mustafar::cpu {
 namespace {
 
-// Best first.
-const Kernels* const kLevels[] = {
-#if MUSTAFAR_X86
-    &kAvx512Kernels,
-    &kAvx2Kernels,
-#endif
-    &kPlainKernels,
+struct Level {
+  const char* name;
+  const Kernels& (*kernels)();  // null where the compiler did not know the instructions
+  bool (*supported)();          // by this machine
 };
 
-bool supported(const Kernels* level) {
+const Kernels& plain() { return kPlainKernels; }
 #if MUSTAFAR_X86
-  if (level == &kAvx512Kernels) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi2");
-  }
-  // Every CPU with AVX2 has F16C, which not all compilers can ask for.
-  if (level == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return level == &kPlainKernels;
+const Kernels& avx2() { return kAvx2Kernels; }
+// Every CPU with AVX2 has F16C, which not all compilers can ask for.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+const Kernels& avx512() { return kAvx512Kernels; }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi2");
 }
+#endif
+#if MUSTAFAR_AVX512BF16
+const Kernels& avx512bf16() {
+  static const Kernels kernels = avx512bf16_kernels();
+  return kernels;
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// Best first.
+const Level kLevels[] = {
+#if MUSTAFAR_AVX512BF16
+    {"avx512bf16", avx512bf16, has_avx512bf16},
+#else
+    {"avx512bf16", nullptr, nullptr},
+#endif
+#if MUSTAFAR_X86
+    {"avx512", avx512, has_avx512},
+    {"avx2", avx2, has_avx2},
+#else
+    {"avx512", nullptr, nullptr},
+    {"avx2", nullptr, nullptr},
+#endif
+    {"plain", plain, [] { return true; }},
+};
 
 }  // namespace
 
 const Kernels& kernels() {
   const char* limit = std::getenv("MUSTAFAR_SIMD");
   bool below_limit = limit == nullptr || *limit == '\0';
-  for (const Kernels* level : kLevels) {
-    below_limit = below_limit || std::strcmp(level->name, limit) == 0;
-    if (below_limit && supported(level)) return *level;
+  for (const Level& level : kLevels) {
+    below_limit = below_limit || std::strcmp(level.name, limit) == 0;
+    if (below_limit && level.kernels != nullptr && level.supported()) return level.kernels();
   }
-  // Names of levels that this build does not have are no error: they limit nothing.
-  if (std::strcmp(limit, "avx512") == 0 || std::strcmp(limit, "avx2") == 0) return kPlainKernels;
-  throw std::invalid_argument("MUSTAFAR_SIMD: expected avx512, avx2 or plain, got " + std::string(limit));
+  throw std::invalid_argument("MUSTAFAR_SIMD: expected avx512bf16, avx512, avx2 or plain, got " +
+                              std::string(limit));
 }
 
 const char* simd_level() { return kernels().name; }

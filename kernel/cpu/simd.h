@@ -13,6 +13,12 @@
 #else
 #define MUSTAFAR_X86 0
 #endif
+// Compilers that know the instructions: GCC 10, clang 9.
+#if MUSTAFAR_X86 && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
+#define MUSTAFAR_AVX512BF16 1
+#else
+#define MUSTAFAR_AVX512BF16 0
+#endif
 
 namespace mustafar::cpu {
 
@@ -23,7 +29,7 @@ constexpr int kGroup = 32;
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Up to kTileRows rows of one slice.
+// Rows of one slice.
 struct PackedRows {
   const uint64_t* bitmap;  // of the first row; the next row is `words` further
   const void* values;      // slot 0 of the first row; slot i of row r is at [i / 8 * 64 + r][i % 8]
@@ -47,6 +53,12 @@ struct Kernels {
 
   // Packed rows -> zero-filled dense rows `pitch` apart.
   void (*expand[3])(const PackedRows& rows, void* out, int64_t pitch);
+
+  // scores[g * ld + r] = row r . q row g; q rows are groups * kGroup apart. Up to kTileRows - 1 scores that
+  // follow are overwritten.
+  void (*score[3])(const PackedRows& rows, const float* q, int heads, float* scores, int64_t ld);
+  // acc row g += sum over r of p[g * ld + r] * row r; acc rows are groups * kGroup apart.
+  void (*weigh[3])(const PackedRows& rows, const float* p, int64_t ld, int heads, float* acc);
 
   // n elements; what follows them is not touched.
   void (*to_float[3])(const void* src, float* dst, int64_t n);
@@ -74,6 +86,9 @@ extern const Kernels kPlainKernels;
 #if MUSTAFAR_X86
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+#endif
+#if MUSTAFAR_AVX512BF16
+Kernels avx512bf16_kernels();  // built on kAvx512Kernels
 #endif
 
 // The table of simd_level().

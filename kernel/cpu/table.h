@@ -7,11 +7,13 @@
 namespace mustafar::cpu {
 namespace {
 
-template <class Simd>
+template <class Simd, class Packed = TiledPacked<Simd>>
 constexpr Kernels make_kernels(const char* name) {
   return {
       name,
       {expand_rows<Simd, Half>, expand_rows<Simd, BFloat>, expand_rows<Simd, float>},
+      {Packed::template score<Half>, Packed::template score<BFloat>, Packed::template score<float>},
+      {Packed::template weigh<Half>, Packed::template weigh<BFloat>, Packed::template weigh<float>},
       {row_to_float<Simd, Half>, row_to_float<Simd, BFloat>, row_to_float<Simd, float>},
       {row_from_float<Simd, Half>, row_from_float<Simd, BFloat>, row_from_float<Simd, float>},
       {dot<Simd, Half>, dot<Simd, BFloat>, dot<Simd, float>},
