@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from mustafar.cache import MustafarCache
 from mustafar.fusion import fused
+from mustafar.prefill import mlp_in_pieces
 
 WARM_UP_STEPS = 3
 CHECK_EVERY = 16  # steps between questions to the device whether all sequences have ended
@@ -124,8 +125,7 @@ class Decoder:
         torch.compile when capturing; by default where a graph is captured and a compiler is found. Rounding
         may differ from eager in the last bit. The model is left as it was.
     mlp_tokens : int, optional
-        The most tokens of a prompt that go through an MLP at once, which bounds the largest activation of a
-        prefill; the result is the same.
+        The most tokens of a batch of prompts that go through an MLP at once (`mustafar.prefill.mlp_in_pieces`).
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class Decoder:
         starts, mask = self._padding(input_ids, attention_mask)
         self.start_at(prompt, starts)
         positions = (torch.arange(prompt, device=self.device) - starts[:, None]).clamp(min=0)
-        with _in_pieces(self.model, self.mlp_tokens):
+        with mlp_in_pieces(self.model, self.mlp_tokens):
             logits = self._forward(input_ids, positions, mask)
         if self.noise is not None:
             self.generator.manual_seed(self.sampling.seed)
@@ -379,37 +379,3 @@ def _check_cache(cache: Any) -> int:
                 "can"
             )
     return cache.layers[0].max_cache_len
-
-
-@contextlib.contextmanager
-def _in_pieces(model: PreTrainedModel, most_tokens: int | None) -> Iterator[None]:
-    """Let the MLPs of the model take at most so many tokens at once."""
-    if most_tokens is None:
-        yield
-        return
-    if most_tokens < 1:
-        raise ValueError(f"mlp_tokens is a number of tokens of at least 1, got {most_tokens}")
-    parts = [
-        module.mlp for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")
-    ]
-
-    def piecewise(forward: Any) -> Any:
-        def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            rows = x.reshape(-1, x.shape[-1])
-            if rows.shape[0] <= most_tokens or args or kwargs:
-                return forward(x, *args, **kwargs)
-            out = torch.empty_like(rows)
-            for begin in range(0, rows.shape[0], most_tokens):
-                there = slice(begin, begin + most_tokens)
-                out[there] = forward(rows[None, there])[0]
-            return out.view_as(x)
-
-        return run
-
-    for part in parts:
-        part.forward = piecewise(part.forward)
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part.forward

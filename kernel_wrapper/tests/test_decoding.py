@@ -9,6 +9,7 @@ import pytest
 import torch
 from mustafar import Decoder, Sampling
 from mustafar.fusion import fused
+from mustafar.prefill import mlp_in_pieces
 from tiny_models import cache_for, generate, one_thread, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -118,6 +119,13 @@ def test_prefill_in_pieces_is_the_same() -> None:
     pieces = Decoder(model, _static(model, "mustafar"), 3, mlp_tokens=37).generate(ids, mask, 40)
     assert torch.equal(whole.sequences, pieces.sequences)
     assert all("forward" not in layer.mlp.__dict__ for layer in model.model.layers)
+    expected = _expected(model, "mustafar", ids, new=40, attention_mask=mask)
+    with mlp_in_pieces(model, 37):
+        assert torch.equal(_expected(model, "mustafar", ids, new=40, attention_mask=mask), expected)
+    with pytest.raises(ValueError, match="at least 1"), mlp_in_pieces(model, 0):
+        pass
+    with pytest.raises(ValueError, match="no layers"), mlp_in_pieces(torch.nn.Linear(1, 1), 8):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["dense", "mustafar"])

@@ -33,26 +33,27 @@ def test_tokens_equal_dynamic_and_simulated(family: str, options: dict) -> None:
     caches = [
         cache_for(model, "simulate", **SHORT),
         cache_for(model, "kernel", **SHORT),
-        cache_for(model, "kernel", static=True, max_length=300, **SHORT),
+        cache_for(model, "kernel", static=True, max_length=200, **SHORT),
     ]
     simulated, dynamic, static = (
-        generate(model, ids, cache, new=90, attention_mask=mask, **options) for cache in caches
+        generate(model, ids, cache, new=60, attention_mask=mask, **options) for cache in caches
     )
     assert torch.equal(dynamic, simulated) and torch.equal(static, dynamic)
     assert caches[2].layers[0].batch_size == batch
     if "num_beams" not in options:
         caches[2].reset()
-        assert torch.equal(generate(model, ids, caches[2], new=90, attention_mask=mask, **options), static)
+        assert torch.equal(generate(model, ids, caches[2], new=60, attention_mask=mask, **options), static)
 
 
 @pytest.mark.parametrize("residual,flush", [(0, 1), (0, 64), (1, 7), (40, 3), (150, 20), (32, 256)])
-@pytest.mark.parametrize("length", [1, 33, 97])
+@pytest.mark.parametrize("length", [1, 97])
 def test_timings(residual: int, flush: int, length: int) -> None:
     settings = {"residual_length": residual, "flush_every": flush}
     model, ids = tiny("llama"), prompts(1, length)
-    dynamic = generate(model, ids, cache_for(model, "kernel", **settings), new=330)
-    static = cache_for(model, "kernel", static=True, max_length=length + 330, **settings)
-    assert torch.equal(generate(model, ids, static, new=330), dynamic)
+    new = 150 if residual + flush < 150 else 300  # two flushes at least
+    dynamic = generate(model, ids, cache_for(model, "kernel", **settings), new=new)
+    static = cache_for(model, "kernel", static=True, max_length=length + new, **settings)
+    assert torch.equal(generate(model, ids, static, new=new), dynamic)
 
 
 def test_one_graph_and_no_recompiles() -> None:
