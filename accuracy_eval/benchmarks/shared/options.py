@@ -18,7 +18,8 @@ DEFAULTS = {"k_rule": "Kt_Mag", "v_rule": "Vt_Mag", "backend": "kernel", "residu
 OUTPUT_DIR = Path(__file__).resolve().parents[2]
 
 
-def _sparsity(text: str) -> float:
+def sparsity(text: str) -> float:
+    """Parse a fraction of zeros in [0, 1), as an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -45,8 +46,8 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 def add_model_options(main: argparse.ArgumentParser) -> None:
     """Add what says which model runs and how its cache is pruned: four positionals and their options."""
-    main.add_argument("k_sparsity", type=_sparsity, help="fraction of zeros in the pruned keys, in [0, 1)")
-    main.add_argument("v_sparsity", type=_sparsity, help="fraction of zeros in the pruned values, in [0, 1)")
+    main.add_argument("k_sparsity", type=sparsity, help="fraction of zeros in the pruned keys, in [0, 1)")
+    main.add_argument("v_sparsity", type=sparsity, help="fraction of zeros in the pruned values, in [0, 1)")
     main.add_argument("model", help="a local folder or a hub id")
     main.add_argument(
         "mode",
