@@ -11,11 +11,12 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from mustafar import attention
 from mustafar.format import MAX_HEAD_DIM
-from mustafar.layer import CacheSettings, Lengths, MustafarLayer
+from mustafar.layer import Lengths, MustafarLayer
 from mustafar.pruning import RULES, Pruning, get_rule
+from mustafar.settings import BackendChoice, CacheSettings
 from mustafar.static import Counters, StaticMustafarLayer
 
-BACKENDS = ("kernel", "simulate")
+BACKENDS = ("kernel", "simulate", "auto")
 
 
 class MustafarCache(Cache):
@@ -54,9 +55,11 @@ class MustafarCache(Cache):
         The most recent tokens that stay dense.
     flush_every : int
         Tokens that gather beyond them before they are pruned.
-    backend : {"kernel", "simulate"}
+    backend : {"kernel", "simulate", "auto"}
         "simulate" prunes the same values at the same times and returns dense tensors: it saves no memory and
         works with any attention implementation, which it leaves as it is unless a rule observes queries.
+        "auto" is for speed: the first prompt (its first chunk, if prefill is chunked) decides between the two
+        for all layers, by what was measured on its GPU (`mustafar.crossover`); `cache.backend` says which.
     static : bool
         Take the memory for `max_length` tokens at once, and decode without the host: a step can then be
         captured in a CUDA graph, by `generate`, which compiles it, or by `mustafar.decoding`. Same tokens. Kernel
@@ -110,18 +113,21 @@ class MustafarCache(Cache):
             values=Pruning(get_rule(v_rule, "V"), v_sparsity, group_size),
             residual_length=residual_length,
             flush_every=flush_every,
-            simulate=backend == "simulate",
+            backend=backend,
             check=os.environ.get("MUSTAFAR_CHECK", "0") not in ("", "0"),
         )
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config: expected model.config, got {type(config).__name__}")
         config = config.get_text_config(decoder=True)
-        dense = self.settings.simulate and not self.settings.observes
+        dense = backend == "simulate" and not self.settings.observes
         _check_model(config, dense)
         self.max_length = _check_static(self.settings, max_length) if static else None
         if not static and max_length is not None:
             raise ValueError("max_length is for static=True: a dynamic cache grows as needed")
-        super().__init__(layers=_make_layers(config, self.settings, self.max_length))
+        heads = getattr(config, "num_attention_heads", 1)
+        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        self.choice = BackendChoice(self.settings, group)
+        super().__init__(layers=_make_layers(config, self.choice, self.max_length))
         if not dense:
             attention.register()
             config._attn_implementation = attention.NAME
@@ -133,6 +139,11 @@ class MustafarCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that there is room for; -1 if it grows as needed."""
         return self.get_max_cache_shape()
+
+    @property
+    def backend(self) -> str:
+        """ "kernel" or "simulate", the same for all layers; "auto" before the prompt that decides."""
+        return self.choice.made
 
     @property
     def is_static(self) -> bool:
@@ -165,8 +176,9 @@ class MustafarCache(Cache):
         return total
 
 
-def _make_layers(config: PreTrainedConfig, settings: CacheSettings, max_length: int | None) -> list[Any]:
+def _make_layers(config: PreTrainedConfig, choice: BackendChoice, max_length: int | None) -> list[Any]:
     """transformers' own choice of layers, with those of full attention replaced."""
+    settings = choice.settings
     layers = DynamicCache(config=config).layers
     types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     all_sliding = types == {"sliding_attention"} and getattr(config, "sliding_window", None) is not None
@@ -177,14 +189,14 @@ def _make_layers(config: PreTrainedConfig, settings: CacheSettings, max_length: 
                 f"static=True: model type {config.model_type!r} mixes layers of several kinds, which takes a "
                 "dynamic cache"
             )
-        group = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
         shared: dict[torch.device, Counters] = {}
         return [
-            StaticMustafarLayer(settings, index, max_length, group, shared) for index in range(len(layers))
+            StaticMustafarLayer(settings, index, max_length, choice.group, shared)
+            for index in range(len(layers))
         ]
     lengths = Lengths()
     layers = [
-        MustafarLayer(settings, index, lengths) if type(layer) in replaced else layer
+        MustafarLayer(settings, index, lengths, choice) if type(layer) in replaced else layer
         for index, layer in enumerate(layers)
     ]
     if not any(isinstance(layer, MustafarLayer) for layer in layers):
@@ -196,8 +208,10 @@ def _make_layers(config: PreTrainedConfig, settings: CacheSettings, max_length: 
 
 
 def _check_static(settings: CacheSettings, max_length: int | None) -> int:
-    if settings.simulate:
-        raise ValueError('static=True is for backend="kernel": a simulated cache is dense and grows')
+    if settings.backend != "kernel":
+        raise ValueError(
+            f'static=True is for backend="kernel", got {settings.backend!r}: a simulated cache is dense and grows'
+        )
     for rule in (settings.keys.rule, settings.values.rule):
         if not rule.fused:
             names = [name for name, other in RULES.items() if other.fused]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -10,45 +9,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from mustafar import ops
-from mustafar.format import DTYPES, MAX_HEAD_DIM, SLICE_TOKENS
+from mustafar.format import DTYPES, MAX_HEAD_DIM
 from mustafar.history import DenseHistory, History, PackedHistory
 from mustafar.observer import Observer
-from mustafar.pruning import Pruning
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheSettings:
-    """What all layers of a cache share.
-
-    Attributes
-    ----------
-    keys, values : Pruning
-    residual_length : int
-        The most recent tokens that stay dense when older ones are pruned.
-    flush_every : int
-        Tokens that gather beyond `residual_length` before they are pruned.
-    simulate : bool
-        Return dense tensors with zeros at every step instead of decoding on the compressed form.
-    check : bool
-        Raise on NaN and on attention masks that are not left padding, at the price of a synchronisation.
-    """
-
-    keys: Pruning
-    values: Pruning
-    residual_length: int
-    flush_every: int
-    simulate: bool
-    check: bool
-
-    @property
-    def observes(self) -> bool:
-        """Whether a rule scores by recent queries."""
-        return self.keys.rule.observes or self.values.rule.observes
-
-    @property
-    def window_capacity(self) -> int:
-        """Window slots that decoding needs: up to 63 pruned tokens may wait for their slice to fill."""
-        return self.residual_length + self.flush_every + SLICE_TOKENS - 1
+from mustafar.settings import BackendChoice, CacheSettings
 
 
 class Lengths:
@@ -88,11 +52,14 @@ class MustafarLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, settings: CacheSettings, layer_idx: int, lengths: Lengths) -> None:
+    def __init__(
+        self, settings: CacheSettings, layer_idx: int, lengths: Lengths, choice: BackendChoice
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.layer_idx = layer_idx
         self.lengths = lengths
+        self.choice = choice
         self.mask_checked = False
         self.key_history: History | None = None
         self.value_history: History | None = None
@@ -110,9 +77,10 @@ class MustafarLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Take heads, head dim, dtype and device from the first tokens: a parallel rank has its own heads."""
         value_states = key_states if value_states is None else value_states
-        check_states(key_states, value_states, self.layer_idx, self.settings.simulate)
+        self.simulate = self.choice.make(key_states) == "simulate"
+        check_states(key_states, value_states, self.layer_idx, self.simulate)
         self.dtype, self.device = key_states.dtype, key_states.device
-        kind = DenseHistory if self.settings.simulate else PackedHistory
+        kind = DenseHistory if self.simulate else PackedHistory
         capacity = self.settings.window_capacity
         self.key_history = kind(self.settings.keys, key_states, capacity)
         self.value_history = kind(self.settings.values, value_states, capacity)
@@ -156,7 +124,7 @@ class MustafarLayer(CacheLayerMixin):
             return full
         for history, states in zip(self.histories, new, strict=True):
             history.append(states)
-        if added == 1 and not self.settings.simulate:
+        if added == 1 and not self.simulate:
             handle = CompressedKV(self)
             return handle, handle
         self.mask_checked = False
@@ -182,7 +150,7 @@ class MustafarLayer(CacheLayerMixin):
             history.append(states)
         self.unobserved = True
         self.prune_when_observed = held == 0 or added > flush_every
-        if added == 1 and held and not self.settings.simulate:
+        if added == 1 and held and not self.simulate:
             handle = CompressedKV(self)
             return handle, handle
         self.mask_checked = False
@@ -256,6 +224,7 @@ class MustafarLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.key_history = self.value_history = None
         self.is_initialized = self.mask_checked = False
+        self.choice.forget()
         self.observer = Observer()
         self.unobserved = self.prune_when_observed = False
 

@@ -14,8 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mustafar import ops
 from mustafar.format import SLICE_TOKENS, VECTOR_VALUES, CompressedTensor, width_for, words_for
-from mustafar.layer import CacheSettings, CompressedKV, check_states, raise_on_nan
+from mustafar.layer import CompressedKV, check_states, raise_on_nan
 from mustafar.pruning import Pruning
+from mustafar.settings import CacheSettings
 
 
 class Counters:
