@@ -77,8 +77,8 @@ void decode_attention(const DecodeAttentionParams& p, const ParallelFor& paralle
   const int group = p.q_heads / p.kv_heads;
 
   const Plan plan = visible_tokens(p);
-  std::vector<Partial> parts(plan.count() * group);      // [chunks, G]
-  const FloatBuffer sums(plan.count() * group * pitch);  // [chunks, G, pitch]
+  std::vector<Partial> parts(plan.count() * group);               // [chunks, G]
+  float* const sums = kept_floats(plan.count() * group * pitch);  // [chunks, G, pitch]
   const auto attend = [&](int64_t i, const ChunkScratch& scratch) {
     const Chunk& chunk = plan.chunks[i];
     float* const scores = scratch.scores.get();
@@ -89,14 +89,14 @@ void decode_attention(const DecodeAttentionParams& p, const ParallelFor& paralle
       Partial& part = parts[i * group + g];
       kernel.softmax(scores + g * kScoresPitch, chunk.end - chunk.begin, p.scale, &part.max, &part.sum);
     }
-    values.weigh(chunk, scores, group, scratch.tile.get(), sums.get() + i * group * pitch);
+    values.weigh(chunk, scores, group, scratch.tile.get(), sums + i * group * pitch);
   };
   const auto combine_head = [&](int64_t head, const ChunkScratch& scratch) {
     const int64_t first = plan.first[head], chunks = plan.first[head + 1] - first;
     float* const out = scratch.result.get();
     for (int64_t g = 0; g < group; ++g) {
-      combine(parts.data() + first * group + g, sums.get() + (first * group + g) * pitch, chunks, group,
-              pitch, out);
+      combine(parts.data() + first * group + g, sums + (first * group + g) * pitch, chunks, group, pitch,
+              out);
       const int64_t start =
           head / p.kv_heads * p.out_batch_stride + (head % p.kv_heads * group + g) * p.out_head_stride;
       kernel.from_float[static_cast<int>(p.dtype)](out, at(p.out, start, p.dtype), p.head_dim);

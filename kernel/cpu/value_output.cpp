@@ -14,7 +14,7 @@ void value_output(const ValueOutputParams& p, const ParallelFor& parallel) {
   const int group = p.q_heads / p.kv_heads;
 
   const Plan plan = Plan::over_tokens(p.batch, p.kv_heads, p.tokens);
-  const FloatBuffer sums(plan.count() * group * pitch);  // [chunks, G, pitch]
+  float* const sums = kept_floats(plan.count() * group * pitch);  // [chunks, G, pitch]
   const auto work = [&](int64_t i, const ChunkScratch& scratch) {
     const Chunk& chunk = plan.chunks[i];
     for (int64_t g = 0; g < group; ++g) {
@@ -23,13 +23,13 @@ void value_output(const ValueOutputParams& p, const ParallelFor& parallel) {
       kernel.to_float[dtype](at(p.p, start, p.dtype), scratch.scores.get() + g * kScoresPitch,
                              chunk.end - chunk.begin);
     }
-    values.weigh(chunk, scratch.scores.get(), group, scratch.tile.get(), sums.get() + i * group * pitch);
+    values.weigh(chunk, scratch.scores.get(), group, scratch.tile.get(), sums + i * group * pitch);
   };
   const auto add_up = [&](int64_t head, const ChunkScratch& scratch) {
     float* const total = scratch.result.get();
     std::fill_n(total, group * pitch, 0.0f);
     for (int64_t i = plan.first[head]; i < plan.first[head + 1]; ++i) {
-      const float* part = sums.get() + i * group * pitch;
+      const float* part = sums + i * group * pitch;
       for (int64_t c = 0; c < group * pitch; ++c) total[c] += part[c];
     }
     for (int64_t g = 0; g < group; ++g) {
