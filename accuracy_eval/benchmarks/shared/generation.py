@@ -89,7 +89,7 @@ class Generator:
 
 def _bytes_held(cache, rows: int) -> tuple[int, int] | None:
     """Bytes of keys and values for each row: held, and in a dense cache; None of a simulated one."""
-    if cache.settings.simulate:
+    if cache.backend == "simulate":
         return None
     memory = cache.memory()
     held = memory["compressed_bytes"] + memory["window_bytes"]
