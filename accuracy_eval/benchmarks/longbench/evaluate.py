@@ -9,7 +9,14 @@ from pathlib import Path
 
 from ..shared.errors import UserError
 from ..shared.options import OUTPUT_DIR
-from ..shared.scores import find_folder, print_incomplete, print_table, read_config, row_status
+from ..shared.scores import (
+    find_folder,
+    no_predictions,
+    print_incomplete,
+    print_table,
+    read_config,
+    row_status,
+)
 from ..shared.store import CONFIG, replace_file
 from .scoring import BUCKETS, read_predictions, score, score_by_length
 from .tasks import ENGLISH, NAMES, Task, longbench_tasks, task_from_description
@@ -61,7 +68,7 @@ def _evaluate(folder: Path, *, longbench_e: bool) -> None:
             results[name] = _score(known[name], predictions, files[name], longbench_e=longbench_e)
         table.append((name, known[name].metric, status, results.get(name)))
     if not results:
-        raise UserError(f"{folder} holds no predictions")
+        raise no_predictions(folder)
     replace_file(folder / "result.json", json.dumps(results, ensure_ascii=False, indent=4) + "\n")
     _print(table, results, longbench_e=longbench_e)
     print(f"written to {folder / 'result.json'}")

@@ -7,7 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-from ..shared import chat, models, options, run, store
+from ..shared import chat, models, options, run, shards, store
 from ..shared.errors import UserError
 from . import data, settings
 from .prompts import encode
@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> None:
     path = predict(args)
+    if not shards.current().is_first:
+        return
     where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
     script = Path(__file__).resolve().parents[2] / "eval_long_bench.py"
     print(f"score with: {sys.executable} {script} --model {path.name}{' --e' if args.e else ''}{where}")
@@ -42,12 +44,13 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
     UserError
         With what to put right.
     """
+    shard = shards.current()
     tasks = _select(args)
     rows = {task.name: data.load_rows(task, args.data_dir, longbench_e=args.e) for task in tasks}
 
     info = models.inspect_model(args.model)
     models.check_mode(info, args.mode)
-    device = models.resolve_device(args.device)
+    device = models.resolve_device(shard.device(args.device))
     chosen = run.make_settings(
         args,
         info,
@@ -56,7 +59,7 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
         max_length=resolve_max_length(info, args.max_length),
     )
     path = args.output_dir / ("pred_e" if args.e else "pred") / options.folder_name(chosen, args, info.name)
-    folder = store.RunFolder(path, chosen.identity())
+    folder = store.RunFolder(path, chosen.identity(), shard)
     try:
         expected = {name: min(len(found.rows), args.limit or len(found.rows)) for name, found in rows.items()}
         folder.add_datasets(
@@ -71,8 +74,9 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
             },
             run.environment(),
         )
-        print(f"predictions go to {path}")
-        chat.print_unused(args.chat_template, chosen.chat_template, info.tokenizer)
+        if shard.is_first:
+            print(f"predictions go to {path}")
+            chat.print_unused(args.chat_template, chosen.chat_template, info.tokenizer)
         asked = (chosen.model, chosen.model_fingerprint, chosen.max_length, chosen.chat_template)
         jobs = [
             run.Job(

@@ -12,8 +12,10 @@ _EXAMPLES = """examples:
   bash long_test.sh 0.7 0.7 meta-llama/Meta-Llama-3-8B-Instruct mustafar
   bash long_test.sh 0 0 mistralai/Mistral-7B-Instruct-v0.2 dense --datasets en
   bash long_test.sh 0.5 0.5 ./my_llama mustafar --data_dir ./my_rows --datasets trec qasper --limit 10
+  torchrun --nproc_per_node=4 pred_long_bench.py 0.7 0.7 meta-llama/Meta-Llama-3-8B-Instruct mustafar
 Data comes from --data_dir, else accuracy_eval/data, else THUDM/LongBench on the hub. A run that was
-interrupted is resumed by the same command. Score with: python eval_long_bench.py --model FOLDER"""
+interrupted is resumed by the same command. With torchrun (or RANK and WORLD_SIZE set) processes share the
+rows, a GPU each, to the same files. Score with: python eval_long_bench.py --model FOLDER"""
 
 
 def parser() -> argparse.ArgumentParser:

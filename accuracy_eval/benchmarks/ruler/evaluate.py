@@ -9,7 +9,14 @@ from pathlib import Path
 from ..shared.errors import UserError
 from ..shared.options import OUTPUT_DIR
 from ..shared.run import command
-from ..shared.scores import find_folder, print_incomplete, print_table, read_config, row_status
+from ..shared.scores import (
+    find_folder,
+    no_predictions,
+    print_incomplete,
+    print_table,
+    read_config,
+    row_status,
+)
 from ..shared.store import CONFIG, replace_file
 from .predict import RUNS
 from .scoring import percent, row_scores
@@ -57,7 +64,7 @@ def _evaluate(folder: Path) -> None:
             if scores:
                 results[name] = percent(scores)
     if not results:
-        raise UserError(f"{folder} holds no predictions")
+        raise no_predictions(folder)
     replace_file(folder / "result.json", json.dumps(results, indent=4) + "\n")
     _print(results, lengths)
     noise = [

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..shared import chat, models, options, run, store
+from ..shared import chat, models, options, run, shards, store
 from ..shared.errors import UserError
 from . import generate, settings
 from .documents import SOURCES, load_corpus
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> None:
     path = predict(args)
+    if not shards.current().is_first:
+        return
     where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
     script = Path(__file__).resolve().parents[2] / "eval_ruler.py"
     print(f"score with: {sys.executable} {script} --model {path.name}{where}")
@@ -45,12 +47,13 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
     UserError
         With what to put right.
     """
+    shard = shards.current()
     tasks = select_tasks(args.tasks)
     sources = _load_sources(tasks, args)
     info = models.inspect_model(args.model)
     models.check_mode(info, args.mode)
     lengths = select_lengths(args.lengths, models.position_limit(info), info.name)
-    device = models.resolve_device(args.device)
+    device = models.resolve_device(shard.device(args.device))
     chosen = run.make_settings(args, info, device, benchmark="ruler", max_length=None)
     make = functools.partial(
         generate.make_row,
@@ -79,7 +82,7 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
     path = args.output_dir / RUNS / (name + ("" if args.seed == 42 else f"_seed{args.seed}"))
     if args.essays:
         path = path.with_name(path.name + "_essays")
-    folder = store.RunFolder(path, chosen.identity() | {"seed": args.seed})
+    folder = store.RunFolder(path, chosen.identity() | {"seed": args.seed}, shard)
     try:
         folder.add_datasets(
             {
@@ -94,8 +97,9 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
             },
             run.environment(),
         )
-        print(f"predictions go to {path}")
-        _print_notes(args, tasks, info, chosen)
+        if shard.is_first:
+            print(f"predictions go to {path}")
+            _print_notes(args, tasks, info, chosen)
         run.predict_all(
             jobs,
             folder,

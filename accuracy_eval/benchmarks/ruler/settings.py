@@ -13,8 +13,10 @@ _EXAMPLES = """examples:
   python pred_ruler.py 0 0 meta-llama/Llama-3.1-8B-Instruct dense --lengths 4k 32k
   python pred_ruler.py 0.7 0.7 meta-llama/Llama-3.1-8B-Instruct mustafar --tasks synthetic --rows 100
   python pred_ruler.py 0.5 0.5 ./my_llama mustafar --tasks niah vt --lengths 8k --essays essays.txt
+  torchrun --nproc_per_node=4 pred_ruler.py 0.7 0.7 meta-llama/Llama-3.1-8B-Instruct mustafar
 Rows are generated from the seed for the model's own tokenizer; qa_1 and qa_2 read SQuAD and HotpotQA from
 --data_dir, else accuracy_eval/data/ruler. A run that was interrupted is resumed by the same command.
+With torchrun processes share the rows, a GPU each, to the same files.
 Score with: python eval_ruler.py --model FOLDER"""
 
 

@@ -147,14 +147,19 @@ def predict_all(
     import torch
     from tqdm import tqdm
 
+    shard = folder.shard
     predictor = None
     for job in jobs:
+        done = folder.done(job.name)
+        mine = [index for index in range(job.expected) if shard.takes(index, batch_size)]
+        left = [index for index in mine if index not in done]
+        if not left and shard.world > 1:
+            continue
         file = folder.predictions(job.name)
-        left = [index for index in range(job.expected) if index not in file.done]
         if left and predictor is None:
             predictor = Generator(load())
-        done = job.expected - len(left)
-        with tqdm(total=job.expected, initial=done, desc=job.name, unit="row") as progress:
+        name = job.name if shard.world == 1 else f"{job.name} [{shard.rank}]"
+        with tqdm(total=len(mine), initial=len(mine) - len(left), desc=name, unit="row") as progress:
             # Rows of a batch are the same in a run that was resumed, so that their answers are.
             for _, group in itertools.groupby(left, lambda index: index // batch_size):
                 batch = list(group)
@@ -170,3 +175,9 @@ def predict_all(
                 file.append(*(job.record(*made) | size for made in zip(batch, rows, answers, strict=True)))
                 progress.update(len(batch))
         file.close()
+    missing = folder.join()
+    if missing and shard.world > 1:
+        print(
+            f"process {shard.rank} of {shard.world} is done; the others have rows of {', '.join(missing)} left (the "
+            "last one joins the files; if one was ended, the same command makes what is missing)"
+        )

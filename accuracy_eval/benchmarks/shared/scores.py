@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .errors import UserError
-from .store import CONFIG
+from .store import CONFIG, is_joined
 
 
 def find_folder(runs: Path, name: str) -> Path:
@@ -84,6 +84,16 @@ def print_table(lines: list[tuple[str, ...]], left: int) -> None:
         print("  ".join(cells).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
+
+
+def no_predictions(folder: Path) -> UserError:
+    """Return what to say of a run without a line to score."""
+    if not is_joined(folder):
+        return UserError(
+            f"{folder} was begun by several processes, which are not done; the command of the run makes what "
+            "is missing"
+        )
+    return UserError(f"{folder} holds no predictions")
 
 
 def print_incomplete(incomplete: list[str]) -> None:

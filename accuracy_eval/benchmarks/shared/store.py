@@ -2,6 +2,7 @@
 
 A batch of rows is one write of complete lines, then an fsync. A kill can leave at most one unfinished last line,
 which the next run drops; every line carries its row's index (`_index`), so a resumed run knows what is done.
+Of several processes each writes to `parts/<data set>/<rank>of<world>.jsonl`; who finds all rows there joins them.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 from .errors import UserError
+from .shards import Shard
 
 CONFIG = "config.json"
+#: Folder, in a run's, of what each of several processes has made.
+PARTS = "parts"
 
 
 class RunFolder:
-    """Output folder of one configuration, locked while a run writes to it.
+    """Output folder of one configuration, locked while a run, of one process or of several, writes to it.
 
     Parameters
     ----------
@@ -25,6 +30,8 @@ class RunFolder:
         The folder, made if it does not exist.
     identity
         What must be equal for two runs to share the folder.
+    shard
+        This process's share of the run.
 
     Raises
     ------
@@ -32,16 +39,23 @@ class RunFolder:
         If the folder is another configuration's, another process writes to it, or it cannot be written.
     """
 
-    def __init__(self, path: Path, identity: dict) -> None:
+    def __init__(self, path: Path, identity: dict, shard: Shard = Shard()) -> None:  # noqa: B008 (frozen)
         self.path = path
         self.identity = identity
+        self.shard = shard
+        self._locks = []
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
+            # Processes of one run share the folder's lock; each has that of its rank.
+            self._locks.append((path / ".lock").open("w"))
+            if shard.world > 1:
+                self._locks.append((path / f".lock.{shard.name}").open("w"))
         except OSError as error:
             raise UserError(f"cannot write to {path} ({error.strerror}); give another --output_dir") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for number, lock in enumerate(self._locks, start=1):
+                alone = number == len(self._locks)
+                fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is writing to {path}; wait for it or end it") from None
         self.config = self._read_config()
@@ -97,12 +111,58 @@ class RunFolder:
         replace_file(self.path / CONFIG, json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
 
     def predictions(self, name: str) -> PredictionFile:
-        """Open the predictions of one data set."""
-        return PredictionFile(self.path / f"{name}.jsonl")
+        """Open the file that this process adds predictions of one data set to."""
+        if self.shard.world == 1:
+            return PredictionFile(self.path / f"{name}.jsonl")
+        folder = self._parts(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        return PredictionFile(folder / f"{self.shard.name}.jsonl")
+
+    def done(self, name: str) -> set[int]:
+        """Return the rows of one data set that are predicted, by whatever process."""
+        return set(self._lines(name))
+
+    def _parts(self, name: str) -> Path:
+        return self.path / PARTS / name
+
+    def _lines(self, name: str) -> dict[int, bytes]:
+        """Row -> its line, without the line feed."""
+        found: dict[int, bytes] = {}
+        # The joined file last: parts vanish once they are in it.
+        for path in (*sorted(self._parts(name).glob("*.jsonl")), self.path / f"{name}.jsonl"):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            found = _indexed(path, content) | found
+        return found
+
+    def join(self) -> list[str]:
+        """Join the parts of data sets of which all rows are there; return the names of those that lack some."""
+        if self.shard.world == 1 and is_joined(self.path):
+            return []
+        missing = []
+        with (self.path / ".lock.join").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for name, entry in self.config["datasets"].items():
+                lines = self._lines(name)
+                if len(lines) < entry["expected"]:
+                    missing.append(name)
+                elif parts := list(self._parts(name).glob("*.jsonl")):
+                    whole = b"".join(lines[index] + b"\n" for index in sorted(lines))
+                    replace_file(self.path / f"{name}.jsonl", whole)
+                    for path in parts:
+                        path.unlink()
+            if not missing:
+                shutil.rmtree(self.path / PARTS, ignore_errors=True)
+                for path in self.path.glob(".lock.*of*"):
+                    path.unlink(missing_ok=True)
+        return missing
 
     def close(self) -> None:
         """Give the lock up."""
-        self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
 
 class PredictionFile:
@@ -122,17 +182,7 @@ class PredictionFile:
         if end < len(content):
             os.ftruncate(self._file, end)
             os.fsync(self._file)
-        self.done: set[int] = set()
-        for number, line in enumerate(content[:end].split(b"\n")[:-1], start=1):
-            try:
-                index = json.loads(line)["_index"]
-            except (ValueError, KeyError, TypeError):
-                index = None
-            if not isinstance(index, int):
-                raise UserError(f"{path}, line {number}: not a prediction of this program; remove the file")
-            if index in self.done:
-                raise UserError(f"{path}, line {number}: row {index} is there twice; remove one of the lines")
-            self.done.add(index)
+        self.done = set(_indexed(path, content))
 
     def append(self, *records: dict) -> None:
         """Write records and return when they are on the disk; on a full disk leave the file as it was."""
@@ -152,6 +202,27 @@ class PredictionFile:
         os.close(self._file)
 
 
+def is_joined(folder: Path) -> bool:
+    """Return whether no process has rows of a run in files of its own any more."""
+    return not any((folder / PARTS).glob("*/*.jsonl"))
+
+
+def _indexed(path: Path, content: bytes) -> dict[int, bytes]:
+    """Row -> its line, of the complete lines of a prediction file."""
+    found: dict[int, bytes] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            index = json.loads(line)["_index"]
+        except (ValueError, KeyError, TypeError):
+            index = None
+        if not isinstance(index, int):
+            raise UserError(f"{path}, line {number}: not a prediction of this program; remove the file")
+        if index in found:
+            raise UserError(f"{path}, line {number}: row {index} is there twice; remove one of the lines")
+        found[index] = line
+    return found
+
+
 def _line(record: dict) -> bytes:
     try:
         line = json.dumps(record, ensure_ascii=False).encode("utf-8")
@@ -160,11 +231,11 @@ def _line(record: dict) -> bytes:
     return line + b"\n"
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a run after a kill, sees the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

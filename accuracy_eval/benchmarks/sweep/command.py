@@ -11,9 +11,10 @@ from ..report.published import read_published
 from ..report.write import make_report, title_of, write_report
 from ..ruler import predict as ruler_predict
 from ..ruler import settings as ruler_settings
-from ..shared import models
+from ..shared import models, shards
 from ..shared.errors import UserError
 from ..shared.run import command
+from ..shared.store import is_joined
 from .plan import Plan, read_plan
 
 #: Benchmark -> (arguments -> settings, settings and memory -> folder)
@@ -65,10 +66,15 @@ def _run(args: argparse.Namespace, others: list[str]) -> None:
     # All command lines are checked before the first run.
     runs = [parse([*row.arguments(args.model, mode), *plan.options, *others]) for row in plan.rows]
     memory: dict = {}
+    shard = shards.current()
     folders = []
     for number, (row, run) in enumerate(zip(plan.rows, runs, strict=True), start=1):
-        print(f"== {row.name} ({number} of {len(runs)})", flush=True)
+        if shard.is_first:
+            print(f"== {row.name} ({number} of {len(runs)})", flush=True)
         folders.append(predict(run, memory))
+    if shard.world > 1 and not all(map(is_joined, folders)):
+        print(f"process {shard.rank} of {shard.world} is done; the last process writes the report")
+        return
     report = make_report(folders, [row.name for row in plan.rows], published)
     folder = args.report or runs[0].output_dir / "report" / f"{plan.path.stem}_{info.name}"
     paths = write_report(report, folder)
