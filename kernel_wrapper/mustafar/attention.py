@@ -62,6 +62,16 @@ def mustafar_attention(
                 'compute: use backend="simulate" with an attention implementation that does, '
                 "and rules that observe no queries (Kt_Mag, Vt_Mag)"
             )
+    if isinstance(key, CompressedKV) and query.shape[2] > 1:
+        layer = key.layer
+        starts, ordinary = _row_starts(attention_mask, query, layer, sliding_window or 0)
+        if ordinary and not dropout:
+            output = layer.attend_rows(query, starts, scaling, sliding_window or 0)
+            if isinstance(layer, MustafarLayer):
+                layer.observe(query, attention_mask, scaling, sliding_window)
+            return output, None
+        key, value = layer.dense()
+        key._mustafar_layer = layer if isinstance(layer, MustafarLayer) else None
     if not isinstance(key, CompressedKV):
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         compute = _flash_attention if _takes_flash(query, attention_mask) else ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -70,10 +80,9 @@ def mustafar_attention(
         if layer is not None:
             layer.observe(query, attention_mask, scaling, sliding_window)
         return result
-    if query.shape[2] != 1 or dropout:
+    if dropout:
         raise NotImplementedError(
-            "decoding on the compressed cache takes one query token and no dropout, "
-            f"got {query.shape[2]} tokens and dropout {dropout}: call model.eval()"
+            f"decoding on the compressed cache takes no dropout, got {dropout}: call model.eval()"
         )
     layer = key.layer
     if isinstance(layer, StaticMustafarLayer):
@@ -109,6 +118,43 @@ def _starts(mask: torch.Tensor | None, batch: int, layer: MustafarLayer) -> torc
         starts = mask._mustafar_starts = starts.expand(batch).contiguous()
     layer.mask_checked = True
     return starts
+
+
+def _row_starts(
+    mask: torch.Tensor | None,
+    query: torch.Tensor,
+    layer: MustafarLayer | StaticMustafarLayer,
+    sliding_window: int,
+) -> tuple[torch.Tensor | None, bool]:
+    """First visible position of each sequence for a few queries, and whether the mask is an ordinary one.
+
+    Ordinary is causal, left-padded, and limited to the sliding window if there is one. Others (trees of
+    candidates) are for dense attention. Waits for the device once for all layers, which share one mask.
+    """
+    if mask is None:
+        return None, True
+    batch, _, count, _ = query.shape
+    held = sum(layer.held_tokens())
+    known = getattr(mask, "_mustafar_rows", None)
+    if known is not None and known[2:] == (held, sliding_window):
+        return known[:2]
+    starts, ordinary = None, False
+    if mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= held:  # FlashAttention's
+        seen = mask[:, mask.shape[1] - held :].bool()
+        starts = (held - seen.sum(-1)).to(torch.int32)
+        _check_left_padding(seen, starts)
+        ordinary = True
+    elif mask.dtype == torch.bool and mask.shape[1:] == (1, count, held) and mask.shape[0] in (1, batch):
+        position = torch.arange(held, device=mask.device)
+        query_position = position[held - count :, None]
+        starts = mask[:, 0, 0].to(torch.int32).argmax(-1).to(torch.int32)
+        expected = (position <= query_position) & (position >= starts[:, None, None])
+        if sliding_window:
+            expected &= position > query_position - sliding_window
+        ordinary = torch.equal(mask[:, 0], expected)
+        starts = starts.expand(batch).contiguous()
+    mask._mustafar_rows = (starts, ordinary, held, sliding_window)
+    return starts, ordinary
 
 
 def _static_starts(mask: torch.Tensor | None, batch: int, layer: StaticMustafarLayer) -> torch.Tensor | None:

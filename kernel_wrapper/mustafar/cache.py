@@ -31,9 +31,12 @@ class MustafarCache(Cache):
     do not fill a slice yet wait in the window, with their zeros. Padding is pruned and packed as any token
     is, and masked.
 
-    A later turn (several tokens on a filled cache) attends densely to the decompressed cache, layer by layer.
-    If it is longer than `flush_every` it is pruned at once, else with the tokens decoded next. The same holds
-    for the chunks of a chunked prefill, which therefore attend to pruned tokens of earlier chunks.
+    A prompt's keys and values are dense for one layer at a time: each layer packs them as it gets them. A
+    later turn of up to 16 tokens (also candidates of assisted decoding) attends to the compressed cache; a
+    longer one attends densely to the decompressed cache, layer by layer. If it is longer than `flush_every` it
+    is pruned at once, else with the tokens decoded next. The same holds for the chunks of a chunked prefill
+    (`prefill_chunk_size` of `generate`), which therefore attend to pruned tokens of earlier chunks;
+    `mustafar.prefill.mlp_in_pieces` bounds activations without that.
 
     Parameters
     ----------

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from mustafar import ops
 from mustafar.format import DTYPES, MAX_HEAD_DIM
 from mustafar.history import DenseHistory, History, PackedHistory
+from mustafar.multi_query import MOST_QUERIES, attend_rows
 from mustafar.observer import Observer
 from mustafar.settings import BackendChoice, CacheSettings
 
@@ -36,9 +37,9 @@ class Lengths:
 class MustafarLayer(CacheLayerMixin):
     """Keys and values of one layer, pruned and compressed beyond a local window.
 
-    `update` with several tokens (prefill, later turns, candidates of assisted decoding) returns dense
-    tensors; with one token on a filled layer it returns a `CompressedKV` handle twice, for the "mustafar"
-    attention function.
+    `update` with many tokens (prefill, longer later turns) returns dense tensors; with one token on a filled
+    layer, or a few (short turns, candidates of assisted decoding), it returns a `CompressedKV` handle twice,
+    for the "mustafar" attention function.
 
     Pruning happens right after the first prefill, down to `residual_length` dense tokens, and then whenever
     `flush_every` more have gathered. The latter is done at the start of the next `update`, so that what the
@@ -124,11 +125,11 @@ class MustafarLayer(CacheLayerMixin):
             return full
         for history, states in zip(self.histories, new, strict=True):
             history.append(states)
-        if added == 1 and not self.simulate:
+        if added <= MOST_QUERIES and not self.simulate:
             handle = CompressedKV(self)
             return handle, handle
         self.mask_checked = False
-        return tuple(history.dense() for history in self.histories)
+        return self.dense()
 
     def _update_observing(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
         """`update` for rules that score by recent queries: prunes at the same times, but a prompt or long
@@ -150,11 +151,11 @@ class MustafarLayer(CacheLayerMixin):
             history.append(states)
         self.unobserved = True
         self.prune_when_observed = held == 0 or added > flush_every
-        if added == 1 and held and not self.simulate:
+        if added <= min(MOST_QUERIES, flush_every) and held and not self.simulate:
             handle = CompressedKV(self)
             return handle, handle
         self.mask_checked = False
-        keys, values = (history.dense() for history in self.histories) if held else (key_states, value_states)
+        keys, values = self.dense() if held else (key_states, value_states)
         keys._mustafar_layer = self  # how the attention function finds the layer to show queries to
         return keys, values
 
@@ -202,6 +203,32 @@ class MustafarLayer(CacheLayerMixin):
             scaling,
             sliding_window,
         )
+
+    def attend_rows(
+        self, query: torch.Tensor, starts: torch.Tensor | None, scaling: float | None, sliding_window: int
+    ) -> torch.Tensor:
+        """The same for query [B, H, n, D] of the last n tokens: [B, n, H, D]."""
+        keys, values = self.histories
+        return attend_rows(
+            query,
+            keys.packed(),
+            values.packed(),
+            keys.window,
+            values.window,
+            keys.packed_tokens,
+            keys.window_tokens,
+            starts,
+            scaling,
+            sliding_window,
+        )
+
+    def held_tokens(self) -> tuple[int, int]:
+        """Compressed and window tokens."""
+        return self.key_history.packed_tokens, self.key_history.window_tokens
+
+    def dense(self) -> tuple[torch.Tensor, ...]:
+        """All keys and all values, decompressed."""
+        return tuple(history.dense() for history in self.histories)
 
     def get_seq_length(self, *args: Any) -> int:
         return self.key_history.tokens if self.is_initialized else 0

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from mustafar import ops
 from mustafar.format import SLICE_TOKENS, VECTOR_VALUES, CompressedTensor, width_for, words_for
 from mustafar.layer import CompressedKV, check_states, raise_on_nan
+from mustafar.multi_query import MOST_QUERIES, attend_rows
 from mustafar.pruning import Pruning
 from mustafar.settings import CacheSettings
 
@@ -40,11 +41,7 @@ class Counters:
         self.total = torch.zeros((), dtype=torch.int64, device=device)
         self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
         self.leader = leader  # the first layer on the device: it advances the counters
-        self.before = (
-            0,
-            0,
-            0,
-        )  # packed, window and pruned tokens before the turn of several tokens under way
+        self.before = (0, 0, 0)  # packed, window, pruned tokens before the turn of several tokens under way
         for tensor in (self.state, self.lengths, self.total):
             mark_static(tensor)
 
@@ -122,10 +119,10 @@ class StaticHistory:
         self.window[:, :, : rest.shape[2]] = rest
         return packed + whole
 
-    def dense(self, packed: int, window: int) -> torch.Tensor:
-        """All tokens, [B, Hkv, packed + window, D]: a copy."""
+    def held(self, packed: int) -> CompressedTensor:
+        """The compressed tokens, not copied."""
         slices = packed // SLICE_TOKENS
-        held = CompressedTensor(
+        return CompressedTensor(
             self.store.bitmap[:, :, :slices],
             self.store.values[:, :, :slices],
             None,
@@ -133,8 +130,10 @@ class StaticHistory:
             packed,
             self.store.head_dim,
         )
-        tail = self.window[:, :, :window]
-        return torch.cat([ops.decompress(held), tail], dim=2) if slices else tail.clone()
+
+    def dense(self, packed: int, tail: torch.Tensor) -> torch.Tensor:
+        """The compressed tokens and a `tail` [B, Hkv, n, D] behind them: a copy."""
+        return torch.cat([ops.decompress(self.held(packed)), tail], dim=2) if packed else tail.clone()
 
     def nbytes(self, packed: int, window: int) -> dict[str, int]:
         batch, heads, _, head_dim = self.window.shape
@@ -152,8 +151,8 @@ class StaticMustafarLayer(CacheLayerMixin):
     """Keys and values of one layer in memory taken once, for `max_length` tokens.
 
     A first turn, and later turns of several tokens, run on the host as in `MustafarLayer`, the latter at the
-    price of a synchronisation; they attend densely. A turn longer than `flush_every`, or than what is left
-    of the window, is pruned at once.
+    price of a synchronisation; the first and long ones attend densely. A turn longer than `flush_every`, or
+    than what is left of the window, is pruned at once.
     """
 
     is_sliding = False
@@ -177,6 +176,7 @@ class StaticMustafarLayer(CacheLayerMixin):
         self.shared = shared
         self.filled = False  # a first turn has been seen
         self.mask_checked = False
+        self.turn = (0, 0)  # packed and window tokens after the last turn of several tokens
 
     def __repr__(self) -> str:
         return f"StaticMustafarLayer(max_length={self.max_length})"
@@ -239,9 +239,7 @@ class StaticMustafarLayer(CacheLayerMixin):
         handle = CompressedKV(self)
         return handle, handle
 
-    def _update_long(
-        self, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _update_long(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
         """A first turn, or a turn of several tokens."""
         new = (key_states, value_states)
         if self.settings.check:
@@ -258,8 +256,9 @@ class StaticMustafarLayer(CacheLayerMixin):
             )
         residual, flush_every = self.settings.residual_length, self.settings.flush_every
         histories = (self.key_history, self.value_history)
+        result: Any = new
         if held == 0:
-            result, tails = new, new
+            tails = new
             target = max(0, added - residual)
         else:
             target = pruned
@@ -267,19 +266,24 @@ class StaticMustafarLayer(CacheLayerMixin):
                 target = held - residual
                 now_packed, _ = (h.settle(h.window[:, :, :window], packed, target) for h in histories)
                 packed, window = now_packed, held - now_packed
-            result = tuple(
-                torch.cat([h.dense(packed, window), states], dim=2)
+            tails = tuple(
+                torch.cat([h.window[:, :, :window], states], dim=2)
                 for h, states in zip(histories, new, strict=True)
             )
-            tails = tuple(states[:, :, packed:] for states in result)
-            if added > flush_every or window + added > self.key_history.window.shape[2]:
+            at_once = added > flush_every or window + added > self.key_history.window.shape[2]
+            if not at_once and added <= MOST_QUERIES:
+                result = (CompressedKV(self),) * 2
+            else:
+                result = tuple(h.dense(packed, tail) for h, tail in zip(histories, tails, strict=True))
+            if at_once:
                 target = held + added - residual
         for history, tail in zip(histories, tails, strict=True):
             now_packed = history.settle(tail, packed, target)
         self.filled = True
         self.mask_checked = False
+        self.turn = (now_packed, held + added - now_packed)
         if self.leads:
-            self.counters.put(now_packed, held + added - now_packed, target)
+            self.counters.put(*self.turn, target)
         return result
 
     def attend(
@@ -298,6 +302,33 @@ class StaticMustafarLayer(CacheLayerMixin):
             sliding_window,
             self.counters.workspace,
         )
+
+    def attend_rows(
+        self, query: torch.Tensor, starts: torch.Tensor | None, scaling: float | None, sliding_window: int
+    ) -> torch.Tensor:
+        """The same for query [B, H, n, D] of the turn just added: [B, n, H, D]."""
+        keys, values, (packed, window) = self.key_history, self.value_history, self.turn
+        return attend_rows(
+            query,
+            keys.held(packed),
+            values.held(packed),
+            keys.window,
+            values.window,
+            packed,
+            window,
+            starts,
+            scaling,
+            sliding_window,
+        )
+
+    def held_tokens(self) -> tuple[int, int]:
+        """Compressed and window tokens after the turn just added."""
+        return self.turn
+
+    def dense(self) -> tuple[torch.Tensor, ...]:
+        """All keys and all values of the turn just added, decompressed."""
+        packed, window = self.turn
+        return tuple(h.dense(packed, h.window[:, :, :window]) for h in (self.key_history, self.value_history))
 
     def get_seq_length(self, *args: Any) -> int | torch.Tensor:
         """Tokens held, once there are some a tensor on the device that later steps change."""
