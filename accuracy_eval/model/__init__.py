@@ -53,7 +53,7 @@ class MustafarModel(GenerationMixin):
                 "past_key_values=mustafar.MustafarCache(model.config, ...) to generate()"
             )
         MustafarCache(copy.deepcopy(config), **pruning)  # fails here where it would fail in generate()
-        if pruning.get("backend", "kernel") == "kernel":
+        if pruning.get("backend", "kernel") != "simulate":
             register()
             asked = kwargs.setdefault("attn_implementation", NAME)
             if asked != NAME:
@@ -61,9 +61,10 @@ class MustafarModel(GenerationMixin):
                     f"attn_implementation={asked!r}: decoding on the compressed cache needs {NAME!r}; leave it "
                     'out, or use backend="simulate"'
                 )
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         model.pruning = pruning
-        return model
+        return loaded
 
     def new_cache(self) -> MustafarCache:
         """An empty cache with the model's pruning, as each `generate` without `past_key_values` makes one."""

@@ -169,9 +169,13 @@ def _load_dense(info: ModelInfo, settings: Settings, options: dict) -> LoadedMod
     from transformers.utils import is_flash_attn_2_available
 
     flash = settings.device != "cpu" and settings.dtype != "float32" and is_flash_attn_2_available()
-    attention = "flash_attention_2" if flash else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(info.path, attn_implementation=attention, **options)
-    return LoadedModel(model, info.tokenizer, None)
+    # None: sdpa, or what a model without it computes attention by.
+    attention = "flash_attention_2" if flash else None
+    return LoadedModel(
+        _read_weights(AutoModelForCausalLM, info, attn_implementation=attention, **options),
+        info.tokenizer,
+        None,
+    )
 
 
 def _load_pruned(info: ModelInfo, settings: Settings, options: dict) -> LoadedModel:
@@ -193,14 +197,30 @@ def _load_pruned(info: ModelInfo, settings: Settings, options: dict) -> LoadedMo
             from model.llama import MustafarLlamaForCausalLM as PrunedModel
         else:
             from model.mistral import MustafarMistralForCausalLM as PrunedModel
-        model = PrunedModel.from_pretrained(info.path, **pruning, **options)
+        model = _read_weights(PrunedModel, info, **pruning, **options)
         return LoadedModel(model, info.tokenizer, model.new_cache)
     # A model it cannot serve is refused before it is loaded; with a copy, because the cache changes the config.
     mustafar.MustafarCache(copy.deepcopy(info.config), **pruning)
     mustafar.register()
-    attention = "mustafar" if settings.backend == "kernel" else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(info.path, attn_implementation=attention, **options)
+    attention = "mustafar" if settings.backend == "kernel" else None
+    model = _read_weights(AutoModelForCausalLM, info, attn_implementation=attention, **options)
     return LoadedModel(model, info.tokenizer, lambda: mustafar.MustafarCache(model.config, **pruning))
+
+
+def _read_weights(model_class, info: ModelInfo, **options):
+    """Load a model; transformers would fill weights that the checkpoint lacks with random numbers."""
+    from safetensors import SafetensorError
+
+    try:
+        model, found = model_class.from_pretrained(info.path, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise OSError(f"a weight file is damaged ({error}); download the checkpoint again") from None
+    if missing := sorted(found["missing_keys"]):
+        raise OSError(
+            f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}; it is damaged or of another "
+            "architecture than its config.json says"
+        )
+    return model
 
 
 def _first_lines(error: BaseException) -> str:

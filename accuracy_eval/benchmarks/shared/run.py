@@ -171,6 +171,10 @@ def predict_all(
                         f"out of memory at {job.name}, row {batch[0]}; the rows before it are kept. "
                         f"{advice}\n{error}"
                     ) from None
+                except (
+                    NotImplementedError
+                ) as error:  # what a model asks of attention shows when it computes it
+                    raise UserError(f"the model cannot run with this cache: {error}") from error
                 size = {} if predictor.kv_bytes is None else {"_kv_bytes": list(predictor.kv_bytes)}
                 file.append(*(job.record(*made) | size for made in zip(batch, rows, answers, strict=True)))
                 progress.update(len(batch))
