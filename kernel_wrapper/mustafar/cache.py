@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from mustafar import attention
 from mustafar.format import MAX_HEAD_DIM
 from mustafar.layer import Lengths, MustafarLayer
+from mustafar.parallel import check_tensor_parallel, tensor_parallel_ranks
 from mustafar.pruning import RULES, Pruning, get_rule
 from mustafar.settings import BackendChoice, CacheSettings
 from mustafar.static import Counters, StaticMustafarLayer
@@ -84,7 +85,7 @@ class MustafarCache(Cache):
     Raises
     ------
     ValueError, TypeError
-        For arguments out of range, naming the valid ones.
+        For arguments out of range, naming the valid ones, and a number of ranks that KV heads do not divide among.
     NotImplementedError
         For models whose attention decoding does not compute, and offloading.
     """
@@ -121,6 +122,7 @@ class MustafarCache(Cache):
         )
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config: expected model.config, got {type(config).__name__}")
+        check_tensor_parallel(config, tensor_parallel_ranks(config))
         config = config.get_text_config(decoder=True)
         dense = backend == "simulate" and not self.settings.observes
         _check_model(config, dense)

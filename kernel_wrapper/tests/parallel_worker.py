@@ -1,0 +1,78 @@
+"""What each rank of test_parallel.py runs under torchrun: a sharded model decodes with every kind of cache.
+
+Arguments: a folder with model_<seed>/ and one_head/, where it leaves rank<r>.pt; cpu or cuda.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from mustafar import Decoder, MustafarCache
+from tiny_models import generate
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+SHORT = {"residual_length": 8, "flush_every": 16}
+DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
+CACHES = {
+    "kernel": {},
+    "simulate": {"backend": "simulate"},
+    "static": {"static": True, "max_length": 200},
+    "decoder": {"static": True, "max_length": 200},
+}
+
+
+def loads_by_itself(device: str) -> bool:
+    """Whether `tp_plan="auto"` works here: it needs accelerate, and picks a GPU where torch is made for them."""
+    suits = device == "cuda" or torch.version.cuda is None
+    return suits and importlib.util.find_spec("accelerate") is not None
+
+
+def load(folder: Path, device: str) -> PreTrainedModel:
+    """The model, this rank's part of it: by transformers' own loading, or by what that is made of."""
+    if loads_by_itself(device):
+        return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=DTYPE[device]).eval()
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    ranks = torch.distributed.get_world_size()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    mesh = torch.distributed.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    model = apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(dict(model.tp_plan)))
+    model.config.distributed_config = DistributedConfig(tp_size=ranks)
+    return model
+
+
+def decode(model: PreTrainedModel, kind: str, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
+    """Tokens [B, T] of one kind of cache, and the KV heads that the cache holds."""
+    cache = MustafarCache(model.config, 0.6, 0.6, **CACHES[kind], **SHORT)
+    if kind == "decoder":
+        tokens = Decoder(model, cache, len(ids), graph=False).generate(ids, mask, 40).sequences
+    else:
+        tokens = generate(model, ids, cache, attention_mask=mask)
+    return tokens.cpu(), cache.layers[0].kv_heads
+
+
+def main(folder: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    ids, mask = torch.load(folder / "prompt.pt")
+    found: dict = {}
+    for path in sorted(folder.glob("model_*")):
+        model = load(path, device)
+        here = ids.to(model.device), mask.to(model.device)
+        found[path.name] = {kind: decode(model, kind, *here) for kind in CACHES}
+    try:
+        MustafarCache(load(folder / "one_head", device).config)
+    except ValueError as error:
+        found["one_head"] = str(error)
+    torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
