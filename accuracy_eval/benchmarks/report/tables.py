@@ -56,7 +56,8 @@ def markdown(report: Report, title: str) -> str:
     rows = sorted({report.rows_of(name) for name in report.names})
     count = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
     pruned = next((run.config for run in report.runs if not run.is_dense), None)
-    facts = [f"{len(report.names)} data sets of {count} rows", f"{config['dtype']} on {config['device']}"]
+    sets = "1 data set" if len(report.names) == 1 else f"{len(report.names)} data sets"
+    facts = [f"{sets} of {count} rows", f"{config['dtype']} on {config['device']}"]
     if config.get("max_length"):
         facts.insert(1, f"prompts up to {config['max_length']} tokens")
     if pruned:
