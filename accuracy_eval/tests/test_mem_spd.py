@@ -12,15 +12,15 @@ from benchmarks.speed import measure
 from benchmarks.speed.cli import main
 from benchmarks.speed.modes import Shape, parse
 from benchmarks.speed.presets import PRESETS, load
-from mustafar import Decoder
+from mustafar import CacheDoesNotFit, Decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODES = "dense dense-static dense-flash mustafar-0.5 mustafar-0.7 mustafar-dynamic-0.7 mustafar-compiled-0.7".split()
+MODES = "dense dense-static dense-flash mustafar-0.7 mustafar-dynamic-0.7 mustafar-compiled-0.7".split()
 
 
 def test_a_run(tmp_path, capsys) -> None:
     arguments = (
-        f"--model tiny --context 400 --batch 1 2 --quick --device cpu --out {tmp_path} --modes".split()
+        f"--model tiny --context 200 --batch 1 2 --quick --device cpu --out {tmp_path} --modes".split()
     )
     assert main([*arguments, *MODES]) == 0
     printed = capsys.readouterr().out
@@ -77,26 +77,35 @@ def test_bytes_of_the_paper_s_models() -> None:
     assert set(PRESETS) >= {"llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.1-8b", "mistral-7b"}
 
 
-def test_largest_shrinks_until_it_fits(monkeypatch) -> None:
+@pytest.mark.parametrize("known,tries", [(None, 4), (70, 1), (79, 4)])
+def test_largest_shrinks_until_it_fits(known, tries, monkeypatch) -> None:
     def step_row(model, mode, batch, *others):
         if batch > 70:
-            raise measure.DoesNotFit
+            raise measure.DoesNotFit(known)
         return {"batch": batch, "section": "steps"}
 
     monkeypatch.setattr(measure, "step_row", step_row)
     model, tried = load("tiny", "float32", "cpu"), []
     row = measure.largest_row(model, parse("mustafar-0.7"), 100, 8, 1e9, tried.append, limit=80)
-    assert row == {"batch": 70, "section": "largest"} and len(tried) == 4
+    assert row == {"batch": 70, "section": "largest"} and len(tried) == tries
 
 
-def test_out_of_memory_is_said(monkeypatch, tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    "error,said",
+    [
+        (torch.OutOfMemoryError("no"), "does not fit the memory"),
+        (CacheDoesNotFit("no", 2), "the cache of at most a batch of 2 does"),
+    ],
+    ids=["allocator", "cache"],
+)
+def test_out_of_memory_is_said(error, said, monkeypatch, tmp_path, capsys) -> None:
     def fail(*_):
-        raise torch.OutOfMemoryError("no")
+        raise error
 
     monkeypatch.setattr(measure, "fill", fail)
     arguments = "--model tiny --context 100 --batch 3 --quick --device cpu --no_plots --sections steps"
     assert main([*arguments.split(), "--modes", "mustafar-0.5", "--out", str(tmp_path)]) == 0
-    assert "does not fit" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nothing", "mustafar", "mustafar-1.5", "mustafar-x", "dense-0.5"])

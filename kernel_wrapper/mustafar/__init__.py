@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from mustafar.attention import register
     from mustafar.cache import MustafarCache
     from mustafar.decoding import Decoder, Sampling, StopAtMaxLength
+    from mustafar.room import CacheDoesNotFit
 
 __all__ = [
+    "CacheDoesNotFit",
     "CompressedTensor",
     "Decoder",
     "MustafarCache",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _FOUND_IN = {
+    "CacheDoesNotFit": "mustafar.room",
     "Decoder": "mustafar.decoding",
     "MustafarCache": "mustafar.cache",
     "Sampling": "mustafar.decoding",

@@ -10,12 +10,13 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mustafar import attention
+from mustafar.counters import Counters
 from mustafar.format import MAX_HEAD_DIM
 from mustafar.layer import Lengths, MustafarLayer
 from mustafar.parallel import check_tensor_parallel, tensor_parallel_ranks
 from mustafar.pruning import RULES, Pruning, get_rule
 from mustafar.settings import BackendChoice, CacheSettings
-from mustafar.static import Counters, StaticMustafarLayer
+from mustafar.static import StaticMustafarLayer
 
 BACKENDS = ("kernel", "simulate", "auto")
 
@@ -196,7 +197,7 @@ def _make_layers(config: PreTrainedConfig, choice: BackendChoice, max_length: in
             )
         shared: dict[torch.device, Counters] = {}
         return [
-            StaticMustafarLayer(settings, index, max_length, choice.group, shared)
+            StaticMustafarLayer(settings, index, max_length, choice.group, shared, len(layers))
             for index in range(len(layers))
         ]
     lengths = Lengths()

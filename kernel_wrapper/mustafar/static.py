@@ -13,62 +13,13 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from mustafar import ops
+from mustafar.counters import Counters, mark_static
 from mustafar.format import SLICE_TOKENS, VECTOR_VALUES, CompressedTensor, width_for, words_for
 from mustafar.layer import CompressedKV, check_states, raise_on_nan
 from mustafar.multi_query import MOST_QUERIES, attend_rows
 from mustafar.pruning import Pruning
+from mustafar.room import does_not_fit, static_layer_bytes
 from mustafar.settings import CacheSettings
-
-
-class Counters:
-    """What the layers on one device share: tokens held, this step's decision, memory for attention.
-
-    Attributes
-    ----------
-    state : Tensor, int32 [WINDOW_ENTRIES]
-    lengths : Tensor, int32 [B, 2]
-        Compressed and window tokens of every sequence.
-    total : Tensor, int64
-        Tokens held.
-    workspace : Tensor, uint8
-        For decode attention, which must not allocate inside a capture. Empty on a CPU, not None: torch.compile
-        fails on an argument that an op might write and that is None.
-    """
-
-    def __init__(self, batch: int, device: torch.device, leader: int) -> None:
-        self.state = torch.zeros(ops.WINDOW_ENTRIES, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=device)
-        self.total = torch.zeros((), dtype=torch.int64, device=device)
-        self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
-        self.leader = leader  # the first layer on the device: it advances the counters
-        self.before = (0, 0, 0)  # packed, window, pruned tokens before the turn of several tokens under way
-        for tensor in (self.state, self.lengths, self.total):
-            mark_static(tensor)
-
-    def reserve(self, query: torch.Tensor, kv_heads: int, slices: int, capacity: int) -> None:
-        """Make the workspace large enough for queries like `query` [B, H, D]."""
-        needed = ops.decode_attention_workspace(query, kv_heads, slices, capacity)
-        if self.workspace.nbytes < needed.nbytes:
-            self.workspace = needed
-            mark_static(needed)
-
-    def put(self, packed: int, window: int, pruned: int) -> None:
-        """Set what is held, from the host, without waiting for the device."""
-        self.state.zero_()
-        for entry, value in (
-            (ops.WINDOW_PACKED, packed),
-            (ops.WINDOW_HELD, window),
-            (ops.WINDOW_PRUNED, pruned),
-        ):
-            self.state[entry].fill_(value)
-        self.lengths[:, 0].fill_(packed)
-        self.lengths[:, 1].fill_(window)
-        self.total.fill_(packed + window)
-
-    def read(self) -> tuple[int, int, int]:
-        """Packed, window and pruned tokens. Waits for the device."""
-        state = self.state.tolist()
-        return state[ops.WINDOW_PACKED], state[ops.WINDOW_HELD], state[ops.WINDOW_PRUNED]
 
 
 class StaticHistory:
@@ -167,6 +118,7 @@ class StaticMustafarLayer(CacheLayerMixin):
         max_length: int,
         group: int,
         shared: dict[torch.device, Counters],
+        layers: int = 1,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -174,6 +126,7 @@ class StaticMustafarLayer(CacheLayerMixin):
         self.max_length = max_length
         self.group = group  # query heads per KV head
         self.shared = shared
+        self.layers = layers  # of the model
         self.filled = False  # a first turn has been seen
         self.mask_checked = False
         self.turn = (0, 0)  # packed and window tokens after the last turn of several tokens
@@ -182,21 +135,42 @@ class StaticMustafarLayer(CacheLayerMixin):
         return f"StaticMustafarLayer(max_length={self.max_length})"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        """Take the memory. Heads, head dim, dtype and device are those of the first tokens."""
+        """Take the memory. Heads, head dim, dtype and device are those of the first tokens.
+
+        Raises
+        ------
+        CacheDoesNotFit
+            Naming the largest batch that would fit.
+        """
         value_states = key_states if value_states is None else value_states
         check_states(key_states, value_states, self.layer_idx, simulate=False)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
-        capacity = self.settings.window_capacity
-        self.key_history = StaticHistory(self.settings.keys, key_states, self.max_length, capacity)
-        self.value_history = StaticHistory(self.settings.values, value_states, self.max_length, capacity)
-        if self.device not in self.shared:
-            self.shared[self.device] = Counters(self.batch_size, self.device, self.layer_idx)
-        self.counters = self.shared[self.device]
-        query = key_states.new_empty((self.batch_size, self.kv_heads * self.group, self.head_dim))
-        store = self.key_history.store
-        self.counters.reserve(query, self.kv_heads, store.bitmap.shape[2], self.key_history.window.shape[2])
+        new = self.device not in self.shared
+        counters = Counters(self.batch_size, self.device, self.layer_idx) if new else self.shared[self.device]
+        try:
+            self._take_memory(key_states, value_states, counters)
+        except torch.OutOfMemoryError:
+            self.key_history = self.value_history = None
+            raise does_not_fit(
+                self.batch_size,
+                self.max_length,
+                static_layer_bytes(self.settings, key_states, self.max_length),
+                counters.layers,
+                self.layers - self.layer_idx,
+                self.device,
+            ) from None
+        self.counters = self.shared[self.device] = counters
+        counters.layers += 1
         self.is_initialized = True
+
+    def _take_memory(self, keys: torch.Tensor, values: torch.Tensor, counters: Counters) -> None:
+        capacity = self.settings.window_capacity
+        self.key_history = StaticHistory(self.settings.keys, keys, self.max_length, capacity)
+        self.value_history = StaticHistory(self.settings.values, values, self.max_length, capacity)
+        query = keys.new_empty((self.batch_size, self.kv_heads * self.group, self.head_dim))
+        store = self.key_history.store
+        counters.reserve(query, self.kv_heads, store.bitmap.shape[2], self.key_history.window.shape[2])
 
     @property
     def leads(self) -> bool:
@@ -389,9 +363,3 @@ class StaticMustafarLayer(CacheLayerMixin):
 
 def _refuse(what: str) -> NoReturn:
     raise NotImplementedError(f"{what} takes a dynamic cache: MustafarCache(..., static=False)")
-
-
-def mark_static(tensor: torch.Tensor) -> None:
-    """Tell torch.compile that the tensor stays where it is, so that its graphs change it in place."""
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(tensor)

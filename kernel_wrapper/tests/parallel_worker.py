@@ -51,9 +51,9 @@ def decode(model: PreTrainedModel, kind: str, ids: torch.Tensor, mask: torch.Ten
     """Tokens [B, T] of one kind of cache, and the KV heads that the cache holds."""
     cache = MustafarCache(model.config, 0.6, 0.6, **CACHES[kind], **SHORT)
     if kind == "decoder":
-        tokens = Decoder(model, cache, len(ids), graph=False).generate(ids, mask, 40).sequences
+        tokens = Decoder(model, cache, len(ids), graph=False).generate(ids, mask, 30).sequences
     else:
-        tokens = generate(model, ids, cache, attention_mask=mask)
+        tokens = generate(model, ids, cache, 30, attention_mask=mask)
     return tokens.cpu(), cache.layers[0].kv_heads
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mustafar import StopAtMaxLength, ops
+from mustafar import CacheDoesNotFit, StopAtMaxLength, ops, room
 from mustafar.cache import MustafarCache
+from mustafar.static import StaticMustafarLayer
 from tiny_models import cache_for, generate, one_thread, prompts, tiny
 from transformers import CompileConfig, LlamaConfig
 
@@ -45,8 +46,10 @@ def test_tokens_equal_dynamic_and_simulated(family: str, options: dict) -> None:
         assert torch.equal(generate(model, ids, caches[2], new=60, attention_mask=mask, **options), static)
 
 
-@pytest.mark.parametrize("residual,flush", [(0, 1), (0, 64), (1, 7), (40, 3), (150, 20), (32, 256)])
-@pytest.mark.parametrize("length", [1, 97])
+@pytest.mark.parametrize(
+    "residual,flush,length",
+    [(0, 1, 97), (0, 1, 1), (0, 64, 33), (1, 7, 97), (40, 3, 1), (150, 20, 97), (32, 256, 97)],
+)
 def test_timings(residual: int, flush: int, length: int) -> None:
     settings = {"residual_length": residual, "flush_every": flush}
     model, ids = tiny("llama"), prompts(1, length)
@@ -207,8 +210,34 @@ def test_memory_is_that_of_the_format() -> None:
     rows = 2 * 2 * 2 * 2  # layers, keys and values, batch, KV heads
     window = SHORT["residual_length"] + SHORT["flush_every"] + 63
     assert memory["allocated_bytes"] == rows * (1024 * (16 + 4 * 40) + window * 128 * 4)
+    keys = torch.empty(2, 2, 1, 128)
+    assert memory["allocated_bytes"] == 2 * room.static_layer_bytes(cache.settings, keys, 1024)
     assert memory["compressed_bytes"] == rows * 576 * (16 + 4 * 40)
     assert memory["dense_equivalent_bytes"] == rows * 607 * 128 * 4
+
+
+def test_no_room_names_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four layers have their memory, then the GPU has room for 1.25 more: 3.25 / 4 of the batch fits."""
+    model = tiny("llama", num_hidden_layers=4)
+    ids = prompts(8, 20)
+    layer = room.static_layer_bytes(cache_for(model, "kernel").settings, torch.empty(8, 2, 1, 64), 200)
+    take = StaticMustafarLayer._take_memory
+
+    def full(self, *others) -> None:
+        if self.layer_idx == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        take(self, *others)
+
+    monkeypatch.setattr(room, "free_bytes", lambda device: layer * 5 // 4)
+    monkeypatch.setattr(StaticMustafarLayer, "_take_memory", full)
+    with pytest.raises(
+        CacheDoesNotFit, match=r"batch of 8 and max_length 200 .* batch with room for it is 6,"
+    ) as error:
+        generate(model, ids, cache_for(model, "kernel", static=True, max_length=200), new=2)
+    assert error.value.largest_batch == 6 and isinstance(error.value, torch.OutOfMemoryError)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 0)
+    with pytest.raises(CacheDoesNotFit, match="one sequence is too much"):
+        generate(model, ids[:1], cache_for(model, "kernel", static=True, max_length=200), new=2)
 
 
 def test_opcheck(target) -> None:

@@ -100,8 +100,10 @@ def _run(args: argparse.Namespace) -> int:
         try:
             for row in measure():
                 add(row)
-        except DoesNotFit:
-            note = f"does not fit the memory of {about['device']}; the largest section says what does"
+        except DoesNotFit as error:
+            note = f"does not fit the memory of {about['device']}"
+            if error.largest is not None:
+                note += f": the cache of at most a batch of {error.largest} does, prompts not counted"
             add(
                 {"section": section, "mode": mode.name, "batch": batch, "context": args.context, "note": note}
             )

@@ -19,7 +19,17 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class DoesNotFit(Exception):
-    """A batch for which there is no memory."""
+    """A batch for which there is no memory.
+
+    Attributes
+    ----------
+    largest : int or None
+        The largest batch whose cache would fit, where the cache knows.
+    """
+
+    def __init__(self, largest: int | None = None) -> None:
+        super().__init__()
+        self.largest = largest
 
 
 def sync(device: torch.device) -> None:
@@ -39,19 +49,24 @@ def peak(device: torch.device) -> int:
 @contextlib.contextmanager
 def clean(device: torch.device) -> Iterator[None]:
     """Leaves no memory behind, and turns the allocator's error into `DoesNotFit`."""
-    failed = False
+    failure: DoesNotFit | None = None
+    _free(device)  # also what the frames of an error held until it was handled
     try:
         yield
-    except OUT_OF_MEMORY:
-        failed = True
+    except OUT_OF_MEMORY as error:
+        failure = DoesNotFit(getattr(error, "largest_batch", None))
     finally:
+        _free(device)
+    if failure is not None:
+        raise failure
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-    if failed:
-        raise DoesNotFit from None
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -323,10 +338,11 @@ def largest_row(
     while True:
         try:
             row = step_row(model, mode, batch, context, steps, bytes_per_second)
-        except DoesNotFit:
+        except DoesNotFit as error:
             progress(f"batch {batch} does not fit")
             if batch == 1:
                 raise
-            batch = max(1, batch - max(1, batch // 25))
+            less = batch - max(1, batch // 25)
+            batch = max(1, less if error.largest is None else min(less, error.largest))
             continue
         return row | {"section": "largest"}
