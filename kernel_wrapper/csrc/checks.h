@@ -176,7 +176,7 @@ inline void check_group(int64_t q_heads, const CompressedArgs& c) {
 }
 
 inline void check_tokens(int64_t tokens, const CompressedArgs& c) {
-  TORCH_CHECK_VALUE(0 <= tokens && slices_for(tokens) <= c.slices(), "tokens: expected 0 to ",
+  TORCH_CHECK_VALUE(0 <= tokens && tokens <= c.slices() * kSliceTokens, "tokens: expected 0 to ",
                     c.slices() * kSliceTokens, " (the slices held), got ", tokens);
 }
 
@@ -253,6 +253,7 @@ inline DecodeAttentionParams decode_attention_params(const at::Tensor& q, const 
                                                      const at::Tensor& v_window, const at::Tensor& lengths,
                                                      const OptionalTensor& starts, double scale,
                                                      int64_t sliding_window, const at::Tensor& out) {
+  dtype_of(q, "q");
   check_rows(q, "q");
   check_alignment(q, "q");
   for (const CompressedArgs* c : {&key, &value}) {
