@@ -12,6 +12,7 @@ from benchmarks.speed import measure
 from benchmarks.speed.cli import main
 from benchmarks.speed.modes import Shape, parse
 from benchmarks.speed.presets import PRESETS, load
+from benchmarks.speed.ranks import Ranks
 from mustafar import CacheDoesNotFit, Decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,6 +63,32 @@ def test_the_dense_peers_give_the_same_tokens(device: str) -> None:
     same = 60 if device == "cpu" else 4  # half precision rounds otherwise in each of them
     assert torch.equal(results[0][:, :same], results[1][:, :same])
     assert torch.equal(results[0][:, :same], results[2][:, :same])
+
+
+def test_ranks_divide_a_preset(monkeypatch) -> None:
+    """Half of everything on each of two, and sums over both: here of one with itself."""
+    summed = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: summed.append(x.shape) or x.mul_(2))
+    model = load("tiny", "float32", "cpu", Ranks(2, 0, 0))
+    shape = Shape.of(model)
+    assert (shape.kv_heads, shape.head_dim) == (1, 64) and model.config.intermediate_size == 128
+    ids = torch.ones(1, 5, dtype=torch.long)
+    x = torch.randn(1, 5, 128)
+    mlp = model.model.layers[0].mlp
+    partial = torch.nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
+    assert torch.equal(mlp(x), 2 * partial)
+    summed.clear()
+    model(ids)
+    assert summed == [(1, 5, 128)] * 4
+    with pytest.raises(UserError, match="3 ranks: num_attention_heads is 4"):
+        load("tiny", "float32", "cpu", Ranks(3, 0, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    ranks = Ranks.of_environment()
+    assert ranks == Ranks(2, 1, 1) and ranks.device("cpu") == "cpu"
+    with pytest.raises(UserError, match="a GPU of its own"):
+        ranks.device("cuda:0")
 
 
 def test_bytes_of_the_paper_s_models() -> None:

@@ -22,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
         prog="mem_spd_test.py",
         description="Memory and speed of generation. Sections: steps (decode steps on a cache filled at random), "
         "generation (real prompts: time to first token, tokens per second, peak memory), largest (the largest "
-        "batch whose cache fits, and its throughput).",
+        "batch whose cache fits, and its throughput). Under torchrun --nproc_per_node=N the model is divided among N "
+        "GPUs, bytes are those of one of them, and the section largest is left out.",
         epilog=f"modes:\n{HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -64,6 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..shared.models import resolve_device
     from . import presets, report
     from .measure import DoesNotFit, bandwidth, generation_rows, largest_row, step_row
+    from .ranks import Ranks
 
     modes = [parse(name) for name in args.modes]
     if args.quick:
@@ -76,23 +78,29 @@ def _run(args: argparse.Namespace) -> int:
     marks = sorted(set(args.new))
     if marks[0] < 2:
         raise UserError("--new: at least 2, for a speed to be measured")
-    device = torch.device(resolve_device(args.device))
+    ranks = Ranks.of_environment()
+    device = torch.device(ranks.device(resolve_device(args.device)))
     dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
     if device.type == "cuda" and dtype == "float32":
         raise UserError("--dtype float32: the GPU kernels take float16 and bfloat16")
-    if "largest" in args.sections and device.type != "cuda":
+    if "largest" in args.sections and (device.type != "cuda" or ranks.count > 1):
+        # Ranks that ran out of memory at different batches would wait for one another.
         args.sections = [section for section in args.sections if section != "largest"]
     args.out.mkdir(parents=True, exist_ok=True)
 
-    say = _silent if args.json else _say
-    model = presets.load(args.model, dtype, str(device))
+    speaks = ranks.number == 0
+    say = _silent if args.json or not speaks else _say
+    ranks.connect(str(device))
+    model = presets.load(args.model, dtype, str(device), ranks)
     speed = bandwidth(device)
-    about = {"model": args.model} | report.machine(device, dtype)
-    say(f"{args.model}, {dtype}, {about['device']}, copies at {speed / 1e12:.3f} TB/s")
+    about = {"model": args.model, "ranks": ranks.count} | report.machine(device, dtype)
+    say(f"{args.model}, {dtype}, {ranks.count} x {about['device']}, copies at {speed / 1e12:.3f} TB/s")
     rows: list[report.Row] = []
 
     def add(row: report.Row) -> None:
         rows.append(about | row)
+        if not speaks:
+            return
         report.write_csv(rows, args.out / "mem_spd.csv")  # a run that is stopped leaves what it has
         print(json.dumps(rows[-1]) if args.json else f"  {report.line(rows[-1])}", flush=True)
 
@@ -143,7 +151,9 @@ def _run(args: argparse.Namespace) -> int:
                     "largest", mode, 0,
                     lambda: [largest_row(model, mode, args.context, min(args.steps, 64), speed, progress)],  # noqa: B023
                 )  # fmt: skip
-    if not args.no_plots:
+    if ranks.count > 1:
+        torch.distributed.destroy_process_group()
+    if not args.no_plots and speaks:
         try:
             say("written: " + ", ".join(str(path) for path in report.draw(rows, args.out)))
         except ModuleNotFoundError:

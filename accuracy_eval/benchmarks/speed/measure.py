@@ -103,6 +103,15 @@ def bandwidth(device: torch.device) -> float:
     return 2 * size / quantile(times[2:], 0.5)
 
 
+def agreed(value: int, device: torch.device) -> int:
+    """The least `value` of all ranks: they must do the same calls."""
+    if not torch.distributed.is_initialized():
+        return value
+    least = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
+
+
 class StepClock:
     """A stopping criterion that never stops and notes the time."""
 
@@ -287,7 +296,7 @@ def generation_rows(
             torch.cuda.reset_peak_memory_stats(device)
         firsts = [run.first_token(ids)]
         prefill_peak = peak(device) - before
-        while len(firsts) < repeats and sum(firsts) < 20:
+        while len(firsts) < agreed(min(repeats, 1 + int(20 / firsts[0])), device):
             firsts.append(run.first_token(ids))
         progress(f"first token {quantile(firsts, 0.5):.3f} s")
         seconds = run.decode(ids, marks)

@@ -80,7 +80,8 @@ class Mode:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What of a model decides the size of its cache, and the bytes of weights that a step reads."""
+    """What of a model decides the size of its cache, and the bytes of weights that a step reads. Of a model divided
+    among ranks: what this one has."""
 
     layers: int
     kv_heads: int
@@ -94,18 +95,27 @@ class Shape:
         config = model.config.get_text_config(decoder=True)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        table = model.get_input_embeddings().weight
-        if table.data_ptr() != model.get_output_embeddings().weight.data_ptr():
+        weights = sum(p.numel() * p.element_size() for p in map(_local, model.parameters()))
+        table = _local(model.get_input_embeddings().weight)
+        if table.data_ptr() != _local(model.get_output_embeddings().weight).data_ptr():
             weights -= table.numel() * table.element_size()  # a step reads a few rows of it
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        for name, weight in model.named_parameters():
+            if name.endswith(".k_proj.weight"):
+                kv_heads = _local(weight).shape[0] // head_dim
         return cls(
             config.num_hidden_layers,
-            getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads,
             head_dim,
             torch.finfo(model.dtype).bits // 8,
             weights,
             config.vocab_size,
         )
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; others as they are."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def parse(name: str) -> Mode:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..shared.errors import UserError
+from .ranks import Ranks
 
 _LLAMA_3 = {
     "model_type": "llama",
@@ -73,8 +74,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def load(model: str, dtype: str, device: str) -> Any:
-    """A preset with random weights, or the checkpoint at a path or hub id, on `device`.
+def load(model: str, dtype: str, device: str, ranks: Ranks | None = None) -> Any:
+    """A preset with random weights, or the checkpoint at a path or hub id, on `device`; of several ranks, a share.
 
     Raises
     ------
@@ -84,19 +85,22 @@ def load(model: str, dtype: str, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = getattr(torch, dtype)
+    ranks = ranks or Ranks()
     preset = PRESETS.get(model)
     if preset is not None:
         special = {"eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
         options = {name: value for name, value in preset.items() if name != "model_type"}
-        config = AutoConfig.for_model(preset["model_type"], **special, **options)
+        config = AutoConfig.for_model(preset["model_type"], **special, **ranks.share(options))
         torch.manual_seed(0)
         with torch.device(device):
             loaded = AutoModelForCausalLM.from_config(config, dtype=kind)
+        ranks.add_up(loaded)
         return loaded.eval()
     if not Path(model).expanduser().is_dir() and model.count("/") != 1:
         raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder nor a hub id")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(Path(model).expanduser()), dtype=kind)
+        split = {"tp_plan": "auto"} if ranks.count > 1 else {}
+        loaded = AutoModelForCausalLM.from_pretrained(str(Path(model).expanduser()), dtype=kind, **split)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: {str(error).splitlines()[0]}") from None
-    return loaded.to(device).eval()
+    return (loaded if ranks.count > 1 else loaded.to(device)).eval()

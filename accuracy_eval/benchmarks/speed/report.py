@@ -14,7 +14,7 @@ import torch
 
 Row = dict[str, Any]
 FIELDS = (
-    "section model mode batch context new_tokens ttft_s ms_step ms_median ms_p20 ms_p80 floor_ms times_floor "
+    "section model ranks mode batch context new_tokens ttft_s ms_step ms_median ms_p20 ms_p80 floor_ms times_floor "
     "tokens_per_s tokens_per_s_with_prompt kv_bytes kv_formula peak_bytes prefill_peak_bytes setup_s note device "
     "dtype torch transformers commit date"
 ).split()
@@ -128,7 +128,8 @@ def _figure(rows: Sequence[Row]):
 
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     first = rows[0]
-    axis.set_title(f"{first['model']}, {first['dtype']}, {first['device']}", fontsize=10)
+    device = first["device"] if first["ranks"] == 1 else f"{first['ranks']} x {first['device']}"
+    axis.set_title(f"{first['model']}, {first['dtype']}, {device}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
