@@ -117,6 +117,8 @@ def broken() -> dict[str, CompressedTensor]:
     bit_past_end[0, 0, 0, 0, 1] |= 1 << 20
     row_past_end = u.bitmap.clone()
     row_past_end[0, 0, 1, 63, 0] = 1
+    end_wraps = g.offsets.clone()
+    end_wraps[0, 0, 0] = 2**63 - 8
     overfull = u.bitmap.clone()
     overfull[0, 0, 0, 0, 0] = -1
     swap = dataclasses.replace
@@ -133,6 +135,7 @@ def broken() -> dict[str, CompressedTensor]:
         "widths: expected multiples of 8": swap(g, widths=g.widths + 1),
         "widths: expected at least": swap(g, widths=g.widths * 0),
         "offsets: expected": swap(g, offsets=g.offsets + 8),
+        "offsets: expected multiples": swap(g, offsets=end_wraps),
         "offsets.shape": swap(g, offsets=g.offsets[:, :1], widths=g.widths[:, :1]),
         "head_dim": swap(u, head_dim=300),
     }
