@@ -17,7 +17,7 @@ DEMO = Path(__file__).parents[2] / "accuracy_eval" / "demo"
 pytestmark = pytest.mark.skipif(
     not (DEMO / "demo-llama").is_dir(), reason="the model lies in accuracy_eval/demo"
 )
-NEW = 50  # across three flushes
+NEW = 40  # across two flushes
 SHORT = {"residual_length": 8, "flush_every": 16}
 DEVICES = [
     "cpu",
@@ -40,7 +40,7 @@ def _load(device: str) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
     for number, name in enumerate(("homes", "employers", "topics", "paragraphs")):
         with (DEMO / "data" / f"{name}.jsonl").open(encoding="utf-8") as file:
             row = json.loads(next(file))
-        texts.append(f"{row['context'][: 600 * (number + 1)]}\n{row['input']}")
+        texts.append(f"{row['context'][: 300 * (number + 1)]}\n{row['input']}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True).to(device)
     return model, batch["input_ids"], batch["attention_mask"]
