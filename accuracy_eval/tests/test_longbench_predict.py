@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(tmp_path, monkeypatch):
         return write(descriptor, line[:10])
 
     monkeypatch.setattr(os, "write", write_some)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         file.append({"pred": "second", "_index": 1})
     assert [record["pred"] for record in read_jsonl(tmp_path / "x.jsonl")] == ["first"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..shared.figures import save_figure
 from .measure import Case, Magnitudes
 
 #: Tokens that a pattern shows.
@@ -43,7 +44,7 @@ def by_channel(found: dict[int, tuple[Magnitudes, Magnitudes]], head: int, title
     figure.suptitle(
         f"{title}: magnitudes in KV head {head}; line: median over tokens, band: 5 to 95 %", fontsize=10
     )
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
@@ -75,7 +76,7 @@ def patterns(shown: dict[str, list[tuple[str, np.ndarray]]], title: str, path: P
     for axes in grid[-1]:
         axes.set_xlabel("channel", fontsize=9)
     figure.suptitle(f"{title}; pruned elements white", fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
@@ -118,5 +119,5 @@ def errors(found: dict[Case, list[float]], layers: list[int], title: str, path: 
     row[0, 0].set_ylim(0, None)
     row[0, 0].set_ylabel("error of the attention output (% of its norm)", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)

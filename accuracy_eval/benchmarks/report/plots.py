@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..shared.figures import save_figure
 from .intervals import Estimate, score
 from .runs import Run
 from .tables import AVERAGE, Report
@@ -78,7 +79,7 @@ def accuracy_by_size(report: Report, title: str, path: Path) -> None:
     axes.set_title(f"{title}: accuracy by measured size of the cache, 95 % intervals", fontsize=10)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
@@ -92,7 +93,7 @@ def by_task(report: Report, title: str, path: Path) -> None:
     draw = _grouped_bars if len(report.runs) <= _SIDE_BY_SIDE else _panels
     pyplot, figure = draw(report, columns)
     figure.suptitle(f"{title}: scores with 95 % intervals", fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 

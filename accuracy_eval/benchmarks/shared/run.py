@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import contextlib
 import datetime
 import itertools
 import platform
@@ -142,7 +143,7 @@ def predict_all(
     Raises
     ------
     UserError
-        If the device's memory does not suffice.
+        If the device's memory or the disk does not suffice.
     """
     import torch
     from tqdm import tqdm
@@ -155,11 +156,13 @@ def predict_all(
         left = [index for index in mine if index not in done]
         if not left and shard.world > 1:
             continue
-        file = folder.predictions(job.name)
         if left and predictor is None:
             predictor = Generator(load())
         name = job.name if shard.world == 1 else f"{job.name} [{shard.rank}]"
-        with tqdm(total=len(mine), initial=len(mine) - len(left), desc=name, unit="row") as progress:
+        with (
+            contextlib.closing(folder.predictions(job.name)) as file,
+            tqdm(total=len(mine), initial=len(mine) - len(left), desc=name, unit="row") as progress,
+        ):
             # Rows of a batch are the same in a run that was resumed, so that their answers are.
             for _, group in itertools.groupby(left, lambda index: index // batch_size):
                 batch = list(group)
@@ -178,7 +181,6 @@ def predict_all(
                 size = {} if predictor.kv_bytes is None else {"_kv_bytes": list(predictor.kv_bytes)}
                 file.append(*(job.record(*made) | size for made in zip(batch, rows, answers, strict=True)))
                 progress.update(len(batch))
-        file.close()
     missing = folder.join()
     if missing and shard.world > 1:
         print(

@@ -7,10 +7,12 @@ Of several processes each writes to `parts/<data set>/<rank>of<world>.jsonl`; wh
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -58,6 +60,10 @@ class RunFolder:
                 fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is writing to {path}; wait for it or end it") from None
+        if shard.world == 1:  # nobody else writes here, so these are of runs that were killed
+            for name in (CONFIG, "*.jsonl"):
+                for temporary in path.glob(f".{name}.*.tmp"):
+                    temporary.unlink(missing_ok=True)
         self.config = self._read_config()
         self._compare(
             "", {key: self.config.get(key) for key in identity} if self.config else identity, identity
@@ -115,7 +121,8 @@ class RunFolder:
         if self.shard.world == 1:
             return PredictionFile(self.path / f"{name}.jsonl")
         folder = self._parts(name)
-        folder.mkdir(parents=True, exist_ok=True)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return PredictionFile(folder / f"{self.shard.name}.jsonl")
 
     def done(self, name: str) -> set[int]:
@@ -171,12 +178,13 @@ class PredictionFile:
     Raises
     ------
     UserError
-        If a finished line is not a prediction, or two lines are of the same row.
+        If a finished line is not a prediction, two lines are of the same row, or the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with _writing(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         content = path.read_bytes()
         end = content.rfind(b"\n") + 1
         if end < len(content):
@@ -185,16 +193,20 @@ class PredictionFile:
         self.done = set(_indexed(path, content))
 
     def append(self, *records: dict) -> None:
-        """Write records and return when they are on the disk; on a full disk leave the file as it was."""
+        """Write records and return when they are on the disk.
+
+        Raises
+        ------
+        UserError
+            If the disk is full or fails; the file is as it was.
+        """
         size = os.fstat(self._file).st_size
-        lines = b"".join(map(_line, records))
-        try:
-            while lines:
-                lines = lines[os.write(self._file, lines) :]
-            os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, size)
-            raise
+        with _writing(self.path):
+            try:
+                _write(self._file, b"".join(map(_line, records)))
+            except OSError:
+                os.ftruncate(self._file, size)
+                raise
         self.done.update(record["_index"] for record in records)
 
     def close(self) -> None:
@@ -232,10 +244,41 @@ def _line(record: dict) -> bytes:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a run after a kill, sees the old content or the new one."""
+    """Write a file so that a reader, or a run after a kill, sees the old content or the new one.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written, as on a full disk; the old content stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _writing(path):
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            try:
+                _write(file, content.encode("utf-8") if isinstance(content, str) else content)
+            finally:
+                os.close(file)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    """Write all of it and return when it is on the disk."""
+    while content:
+        content = content[os.write(descriptor, content) :]
+    os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); what was written before is whole. Put that right and give "
+            "the same command again"
+        ) from None
