@@ -55,7 +55,11 @@ def load(info: models.ModelInfo, dtype: str, device: str):
     options = {"device_map": "auto"} if device == "auto" else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            info.path, dtype=getattr(torch, dtype), attn_implementation=NAME, **options
+            info.path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=NAME,
+            trust_remote_code=False,
+            **options,
         )
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         reason = "\n".join(str(error).strip().splitlines()[:3])

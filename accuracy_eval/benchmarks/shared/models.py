@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +58,14 @@ def inspect_model(model: str) -> ModelInfo:
         raise UserError(f"no such folder: {model} (a model is a local folder or a hub id such as owner/name)")
     path = str(folder) if local else model
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         hint = (
             "" if local else "\nWithout a network give the folder of a downloaded copy instead of a hub id."
         )
+        if "custom code" in str(error):
+            hint = "\nA checkpoint's own code is never run here; it may do anything. Use a model that needs none."
         raise UserError(f"cannot read the model {model}: {_first_lines(error)}{hint}") from None
     fingerprint = _fingerprint(folder) if local else getattr(config, "_commit_hash", None)
     return ModelInfo(Path(path).name, path, config, tokenizer, fingerprint)
@@ -212,9 +215,16 @@ def _read_weights(model_class, info: ModelInfo, **options):
     from safetensors import SafetensorError
 
     try:
-        model, found = model_class.from_pretrained(info.path, output_loading_info=True, **options)
+        model, found = model_class.from_pretrained(
+            info.path, output_loading_info=True, trust_remote_code=False, **options
+        )
     except SafetensorError as error:
         raise OSError(f"a weight file is damaged ({error}); download the checkpoint again") from None
+    except pickle.UnpicklingError:
+        raise OSError(
+            "a .bin weight file is damaged or holds more than tensors, which could run code; use a checkpoint of "
+            "safetensors files"
+        ) from None
     if missing := sorted(found["missing_keys"]):
         raise OSError(
             f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}; it is damaged or of another "
