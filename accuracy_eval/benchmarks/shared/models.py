@@ -205,7 +205,7 @@ def _load_pruned(info: ModelInfo, settings: Settings, options: dict) -> LoadedMo
     # A model it cannot serve is refused before it is loaded; with a copy, because the cache changes the config.
     mustafar.MustafarCache(copy.deepcopy(info.config), **pruning)
     mustafar.register()
-    attention = "mustafar" if settings.backend == "kernel" else None
+    attention = None if settings.backend == "simulate" else "mustafar"
     model = _read_weights(AutoModelForCausalLM, info, attn_implementation=attention, **options)
     return LoadedModel(model, info.tokenizer, lambda: mustafar.MustafarCache(model.config, **pruning))
 

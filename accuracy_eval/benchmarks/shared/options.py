@@ -11,7 +11,7 @@ from .chat import CHAT_TEMPLATES
 from .errors import UserError
 
 MODES = ("dense", "mustafar", "mustafar-mistral")
-BACKENDS = ("kernel", "simulate")
+BACKENDS = ("kernel", "simulate", "auto")
 DTYPES = ("float16", "bfloat16", "float32")
 DEFAULTS = {"k_rule": "Kt_Mag", "v_rule": "Vt_Mag", "backend": "kernel", "residual_length": 32}
 #: Runs write to a folder in this one unless --output_dir says otherwise.
@@ -69,7 +69,8 @@ def add_model_options(main: argparse.ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default=DEFAULTS["backend"],
-        help="kernel: attention on the compressed cache. simulate: on a dense copy with the same zeros (%(default)s)",
+        help="kernel: attention on the compressed cache. simulate: on a dense copy with the same zeros. auto: whichever "
+        "was measured to be faster on this GPU (%(default)s)",
     )
     main.add_argument(
         "--group_size",
