@@ -31,13 +31,20 @@ def given(tmp_path_factory):
 
 
 @pytest.fixture
-def commands(given, capsys):
-    """Run a prediction, its evaluation or a sweep with an output folder -> (status, stderr)."""
+def commands(given, capsys, monkeypatch):
+    """Run a prediction (of one process, of two), its evaluation or a sweep with an output folder -> (status, stderr)."""
 
     def run(kind, out):
         rest = ["--data_dir", str(given / "data"), "--output_dir", str(out), "--device", "cpu"]
         if kind == "predict":
             status = predict.main(["0", "0", str(given / "tiny"), "dense", *rest])
+        elif kind == "processes":
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            status = 0
+            for rank in "01":
+                monkeypatch.setenv("RANK", rank)
+                status = status or predict.main(["0", "0", str(given / "tiny"), "dense", *rest])
+            monkeypatch.delenv("WORLD_SIZE")
         elif kind == "sweep":
             status = sweep.main([str(given / "plan.yaml"), "--model", str(given / "tiny"), *rest])
         else:
@@ -73,26 +80,28 @@ def small_disk(tmp_path):
 
 def contents(folder) -> dict[str, bytes]:
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {name: text for name, text in found.items() if not name.endswith((".lock", "config.json"))}
+    return {name: text for name, text in found.items() if "/.lock" not in name and "config.json" not in name}
 
 
 def check_whole(out, whole) -> None:
     for path in out.rglob("*"):
         name = str(path.relative_to(out))
         assert path.suffix != ".tmp"
-        if path.suffix == ".jsonl":
+        if "parts" in path.parts and path.suffix == ".jsonl":
+            assert not path.stat().st_size or read_jsonl(path)
+        elif path.suffix == ".jsonl":
             assert whole[name].startswith(path.read_bytes())
             assert not path.stat().st_size or read_jsonl(path)  # whole lines
         elif path.name == "config.json":
             json.loads(path.read_text())
-        elif path.is_file() and path.name != ".lock":
+        elif path.is_file() and not path.name.startswith(".lock"):
             assert path.read_bytes() == whole[name]
 
 
 @pytest.mark.parametrize(
     ("failing", "code"), [("write", errno.ENOSPC), ("fsync", errno.EIO), ("open", errno.ENOSPC)]
 )
-@pytest.mark.parametrize("kind", ["predict", "evaluate", "sweep"])
+@pytest.mark.parametrize("kind", ["predict", "processes", "evaluate", "sweep"])
 def test_every_write_may_fail(commands, tmp_path, monkeypatch, kind, failing, code):
     """The n-th write, fsync or opening of a result file fails, after a part of it was written; for every n."""
     if kind == "evaluate":

@@ -58,8 +58,10 @@ class RunFolder:
             for number, lock in enumerate(self._locks, start=1):
                 alone = number == len(self._locks)
                 fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another run is writing to {path}; wait for it or end it") from None
+        except OSError as error:  # as on a network file system without locks
+            raise UserError(f"cannot lock {path} ({error.strerror}); give another --output_dir") from None
         if shard.world == 1:  # nobody else writes here, so these are of runs that were killed
             for name in (CONFIG, "*.jsonl"):
                 for temporary in path.glob(f".{name}.*.tmp"):
@@ -149,7 +151,7 @@ class RunFolder:
         if self.shard.world == 1 and is_joined(self.path):
             return []
         missing = []
-        with (self.path / ".lock.join").open("w") as lock:
+        with _writing(self.path), (self.path / ".lock.join").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for name, entry in self.config["datasets"].items():
                 lines = self._lines(name)
