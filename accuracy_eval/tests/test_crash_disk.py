@@ -32,7 +32,7 @@ def given(tmp_path_factory):
 
 @pytest.fixture
 def commands(given, capsys, monkeypatch):
-    """Run a prediction (of one process, of two), its evaluation or a sweep with an output folder -> (status, stderr)."""
+    """Run a prediction (of one process or two), its evaluation or a sweep to a folder -> (status, stderr)."""
 
     def run(kind, out):
         rest = ["--data_dir", str(given / "data"), "--output_dir", str(out), "--device", "cpu"]
