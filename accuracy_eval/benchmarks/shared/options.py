@@ -69,8 +69,8 @@ def add_model_options(main: argparse.ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default=DEFAULTS["backend"],
-        help="kernel: attention on the compressed cache. simulate: on a dense copy with the same zeros. auto: whichever "
-        "was measured to be faster on this GPU (%(default)s)",
+        help="kernel: attention on the compressed cache. simulate: on a dense copy with the same zeros. auto: the "
+        "one measured to be faster on this GPU (%(default)s)",
     )
     main.add_argument(
         "--group_size",
