@@ -15,7 +15,7 @@ import pytest
 import torch
 from mustafar import MustafarCache, attention
 from tiny_models import one_thread
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 __all__ = ["one_thread"]
 
@@ -71,9 +71,33 @@ def _check_memory(cache: MustafarCache, tokens: int, prompt: int) -> None:
         assert found["allocated_bytes"] <= most
 
 
+def _dense_logits(model: PreTrainedModel, cache: MustafarCache, ids: torch.Tensor) -> torch.Tensor:
+    """What dense attention makes of the last step, over the values that the cache holds."""
+    dense = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        keys, values = layer.dense()
+        dense.update(keys[:, :, :-1], values[:, :, :-1], index)
+    return model(ids, past_key_values=dense, logits_to_keep=1).logits[0, -1]
+
+
+def _rows_pruned_otherwise(one: MustafarCache, other: MustafarCache) -> float:
+    """The share of rows of which the two have kept other channels."""
+    differ = [
+        (x != 0).ne(y != 0).any(-1).flatten()
+        for layers in zip(one.layers, other.layers, strict=True)
+        for x, y in zip(*(layer.dense() for layer in layers), strict=True)
+    ]
+    return float(torch.cat(differ).float().mean())
+
+
 @torch.inference_mode()
 def test_memory_and_logits_of_a_long_run(model: PreTrainedModel) -> None:
-    """Tokens sampled hot, so that the text does not repeat itself, given to all three kinds of cache."""
+    """Tokens sampled hot, so that the text does not repeat itself, given to all three kinds of cache.
+
+    The kernels must compute what dense attention does over the values they hold, as exactly at the end as at the
+    beginning. A simulated cache of its own may part from them for another reason: once in some thousand rows
+    rounding decides which of two channels of nearly one magnitude is kept, and that row stays in the cache.
+    """
     ids = _prompt()
     prompt = ids.shape[1]
     caches = {
@@ -82,28 +106,38 @@ def test_memory_and_logits_of_a_long_run(model: PreTrainedModel) -> None:
         "static": MustafarCache(model.config, static=True, max_length=prompt + NEW, **SETTINGS),
     }
     generator = torch.Generator().manual_seed(0)
-    error = torch.zeros(NEW)
-    seen = set()
+    errors, parting, seen = [], [], set()
     for step in range(NEW):
         logits = {
             name: model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
             for name, cache in caches.items()
         }
-        scale = logits["simulate"].abs().max()
-        error[step] = (logits["dynamic"] - logits["simulate"]).abs().max() / scale
+        scale = logits["dynamic"].abs().max()
         assert torch.equal(logits["static"], logits["dynamic"]), step
+        parting.append((logits["simulate"] - logits["dynamic"]).abs().max() / scale)
+        if step and step % max(1, NEW // 300) == 0:
+            expected = _dense_logits(model, caches["dynamic"], ids)
+            errors.append((logits["dynamic"] - expected).abs().max() / scale)
         for name in ("dynamic", "static"):
             _check_memory(caches[name], prompt + step, prompt)
         ids = (logits["dynamic"] / 5).softmax(-1).multinomial(1, generator=generator)[None]
         seen.add(int(ids))
     assert len(seen) > 100, "a text that repeats itself would mean little"
-    flushes = (_pruned_after(prompt + NEW - 1, prompt) - prompt + RESIDUAL) // FLUSH
-    assert flushes >= NEW // FLUSH - 1
-    # Rounding may decide once in very many rows which of two channels of nearly one magnitude is kept; then that
-    # token counts slightly otherwise, and the median step does not change.
-    first, last = error[: NEW // 4], error[-(NEW // 4) :]
-    assert error.median() < 1e-6 and error.max() < 1e-3, (error.median(), error.max())
-    assert last.median() <= 2 * first.median() + 1e-7, (first.median(), last.median())
+    assert (_pruned_after(prompt + NEW - 1, prompt) - prompt + RESIDUAL) // FLUSH >= NEW // FLUSH - 1, (
+        "flushes"
+    )
+    error, part = torch.stack(errors), torch.stack(parting)
+    first, last = error[: len(error) // 4], error[-(len(error) // 4) :]
+    otherwise = _rows_pruned_otherwise(caches["dynamic"], caches["simulate"])
+    print(
+        f"kernel against dense: first quarter {first.median():.1e}, last {last.median():.1e}, most {error.max():.1e}"
+    )
+    print(
+        f"against a simulated cache: median {part.median():.1e}, most {part.max():.1e}, rows {otherwise:.1e}"
+    )
+    assert error.max() < 1e-5
+    assert last.median() <= 2 * first.median()
+    assert part.max() < 5e-2 and otherwise < 5e-3
 
 
 def _resident_bytes() -> int:
