@@ -100,7 +100,9 @@ def load(model: str, dtype: str, device: str, ranks: Ranks | None = None) -> Any
         raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder nor a hub id")
     try:
         split = {"tp_plan": "auto"} if ranks.count > 1 else {}
-        loaded = AutoModelForCausalLM.from_pretrained(str(Path(model).expanduser()), dtype=kind, **split)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(Path(model).expanduser()), dtype=kind, trust_remote_code=False, **split
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: {str(error).splitlines()[0]}") from None
     return (loaded if ranks.count > 1 else loaded.to(device)).eval()
