@@ -4,7 +4,6 @@
 
 #include <climits>
 #include <cstdint>
-#include <type_traits>
 
 #include "rows.cuh"
 #include "shared.cuh"

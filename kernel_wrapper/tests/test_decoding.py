@@ -10,21 +10,12 @@ import torch
 from mustafar import Decoder, Sampling
 from mustafar.fusion import fused
 from mustafar.prefill import mlp_in_pieces
-from tiny_models import cache_for, generate, one_thread, prompts, tiny
+from tiny_models import cache_for, generate, one_thread, padded_prompts, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 __all__ = ["one_thread"]
 
 SHORT = {"residual_length": 8, "flush_every": 16}
-
-
-def _padded(batch: int = 3, tokens: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = prompts(batch, tokens)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        ids[row, : 20 * row] = 0
-        mask[row, : 20 * row] = 0
-    return ids, mask
 
 
 def _static(model: PreTrainedModel, kind: str, room: int = 250) -> object:
@@ -42,7 +33,7 @@ def _expected(model: PreTrainedModel, kind: str, ids: torch.Tensor, **options: o
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_equals_generate(family: str, kind: str) -> None:
     model = tiny(family)
-    ids, mask = _padded()
+    ids, mask = padded_prompts(3, 90, 20)
     expected = _expected(model, kind, ids, new=60, attention_mask=mask)
     decoder = Decoder(model, _static(model, kind), 3)
     for _ in range(2):  # the second prompt finds the cache of the first
@@ -59,7 +50,7 @@ def test_equals_generate(family: str, kind: str) -> None:
 def test_stop_tokens(kind: str) -> None:
     """Rows stop at different places; what follows an end token is padding."""
     model = tiny("llama")
-    ids, mask = _padded()
+    ids, mask = padded_prompts(3, 90, 20)
     free = _expected(model, kind, ids, new=60, attention_mask=mask)[:, 90:]
     eos = [int(free[0, 5]), int(free[1, 30]), int(free[2, 17])]
     expected = _expected(model, kind, ids, new=60, attention_mask=mask, eos_token_id=eos)
@@ -114,7 +105,7 @@ def test_sampling_follows_the_distribution() -> None:
 
 def test_prefill_in_pieces_is_the_same() -> None:
     model = tiny("llama")
-    ids, mask = _padded()
+    ids, mask = padded_prompts(3, 90, 20)
     whole = Decoder(model, _static(model, "mustafar"), 3).generate(ids, mask, 40)
     pieces = Decoder(model, _static(model, "mustafar"), 3, mlp_tokens=37).generate(ids, mask, 40)
     assert torch.equal(whole.sequences, pieces.sequences)
@@ -237,7 +228,7 @@ def test_refused() -> None:
 @pytest.mark.parametrize("kind", ["dense", "mustafar"])
 def test_captured_equals_eager(kind: str, sampling: Sampling | None, fuse: bool) -> None:
     model = tiny("llama").to("cuda", torch.bfloat16 if fuse else torch.float16)
-    ids, mask = (x.cuda() for x in _padded())
+    ids, mask = (x.cuda() for x in padded_prompts(3, 90, 20))
     results, logits = [], []
     for graph in (False, True):
         decoder = Decoder(model, _static(model, kind), 3, sampling=sampling, graph=graph, fuse=graph and fuse)
@@ -275,7 +266,7 @@ def test_fused_logits() -> None:
     """What the GPU test above holds compiled parts to, here with the compiler's front end alone."""
     torch._dynamo.reset()
     model = tiny("llama")
-    ids, mask = _padded()
+    ids, mask = padded_prompts(3, 90, 20)
     decoder = Decoder(model, _static(model, "mustafar"), 3)
     seen, found = _record_logits(decoder), []
     for compiled in (False, True):

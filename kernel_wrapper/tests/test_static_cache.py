@@ -7,7 +7,7 @@ import torch
 from mustafar import CacheDoesNotFit, StopAtMaxLength, ops, room
 from mustafar.cache import MustafarCache
 from mustafar.static import StaticMustafarLayer
-from tiny_models import cache_for, generate, one_thread, prompts, tiny
+from tiny_models import cache_for, generate, one_thread, padded_prompts, prompts, tiny
 from transformers import CompileConfig, LlamaConfig
 
 __all__ = ["one_thread"]
@@ -16,19 +16,10 @@ SHORT = {"residual_length": 8, "flush_every": 16}
 FAMILIES = ("llama", "mistral", "mistral_sliding", "qwen2", "qwen3")
 
 
-def _padded(batch: int = 2, tokens: int = 101) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = prompts(batch, tokens)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        ids[row, : 30 * row] = 0
-        mask[row, : 30 * row] = 0
-    return ids, mask
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 3}], ids=str)
 def test_tokens_equal_dynamic_and_simulated(family: str, options: dict) -> None:
-    ids, mask = _padded()
+    ids, mask = padded_prompts(2, 101, 30)
     model = tiny(family)
     batch = 2 * options.get("num_beams", 1)
     caches = [
@@ -62,7 +53,7 @@ def test_timings(residual: int, flush: int, length: int) -> None:
 def test_one_graph_and_no_recompiles() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    ids, mask = _padded()
+    ids, mask = padded_prompts(2, 101, 30)
     model = tiny("llama")
     expected = generate(model, ids, cache_for(model, "kernel", **SHORT), new=60, attention_mask=mask)
     config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)

@@ -75,6 +75,16 @@ def prompts(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def padded_prompts(batch: int, tokens: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [batch, tokens] whose row r begins with `step * r` tokens of padding, and their mask."""
+    ids = prompts(batch, tokens)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        ids[row, : step * row] = 0
+        mask[row, : step * row] = 0
+    return ids, mask
+
+
 def cache_for(model: PreTrainedModel, backend: str, sparsity: float = 0.6, **settings: Any) -> MustafarCache:
     return MustafarCache(model.config, sparsity, sparsity, backend=backend, **settings)
 
