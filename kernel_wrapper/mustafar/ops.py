@@ -22,6 +22,24 @@ Optional = torch.Tensor | None
 WINDOW_PACKED, WINDOW_HELD, WINDOW_PRUNED, WINDOW_OVERFLOW, WINDOW_ENTRIES = 0, 1, 2, 7, 8
 
 
+def _check_devices(name: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Refuse arguments on a GPU whose first one, by which the kernels choose theirs, is elsewhere.
+
+    Raises
+    ------
+    ValueError
+        Naming both; what lies elsewhere than a first argument on a GPU is refused by the op.
+    """
+    if first.is_cuda:
+        return
+    for other, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{other}.device: expected {first.device} like {name}, got {tensor.device}: all arguments must be "
+                "on one device"
+            )
+
+
 def prune_compress(x: torch.Tensor, k: int) -> CompressedTensor:
     """Keep the `k` largest magnitudes of every row and pack them (uniform layout).
 
@@ -57,6 +75,7 @@ def key_scores(q: torch.Tensor, c: CompressedTensor) -> torch.Tensor:
 
     The first of the paper's two batched SpMVs (section 4): load compressed, compute dense, float32 sums.
     """
+    _check_devices("q", q, c=c.bitmap)
     return _ops.key_scores(q, c.bitmap, c.values, c.offsets, c.widths, c.tokens)
 
 
@@ -64,6 +83,7 @@ def value_output(p: torch.Tensor, c: CompressedTensor) -> torch.Tensor:
     """p [B, H, T] times the compressed values of its KV head: [B, H, D] in p's dtype. The second SpMV."""
     if p.dim() == 3 and p.shape[2] != c.tokens:
         raise ValueError(f"p.shape: expected {c.tokens} tokens in the last dim, got {tuple(p.shape)}")
+    _check_devices("p", p, c=c.bitmap)
     return _ops.value_output(p, c.bitmap, c.values, c.offsets, c.widths, c.head_dim)
 
 
@@ -103,6 +123,9 @@ def decode_attention(
     -------
     Tensor [B, H, D] in q's dtype. A sequence with nothing visible gives zeros.
     """
+    _check_devices(
+        "q", q, k=k.bitmap, v=v.bitmap, k_window=k_window, v_window=v_window, lengths=lengths, starts=starts
+    )
     return _ops.decode_attention(
         q, k.bitmap, k.values, k.offsets, k.widths, v.bitmap, v.values, v.offsets, v.widths,
         k_window, v_window, lengths, starts, q.shape[-1] ** -0.5 if scale is None else scale, sliding_window,

@@ -203,16 +203,27 @@ def test_wrong_argument_is_named(op, argument, change, word):
         getattr(ops, op)(**arguments)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+            ],
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     ("op", "argument"), [(op, name) for op in WRONG for name in valid(op) if len(valid(op)) > 1]
 )
-def test_mixed_devices_are_refused(op, argument):
+def test_mixed_devices_are_refused(op, argument, device):
     arguments = valid(op)
     if not isinstance(arguments[argument], (torch.Tensor, CompressedTensor)) or op == "prune_compress":
         pytest.skip("the only tensor")
-    arguments[argument] = arguments[argument].to("cuda")
+    arguments[argument] = arguments[argument].to(device)
     with pytest.raises(ERRORS, match="device"):
         getattr(ops, op)(**arguments)
 
