@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 
 import pytest
 import torch
 from benchmarks.shared.errors import UserError
-from benchmarks.speed import measure
+from benchmarks.speed import dense, measure
 from benchmarks.speed.cli import main
 from benchmarks.speed.modes import Shape, parse
 from benchmarks.speed.presets import PRESETS, load
@@ -63,6 +64,56 @@ def test_the_dense_peers_give_the_same_tokens(device: str) -> None:
     same = 60 if device == "cpu" else 4  # half precision rounds otherwise in each of them
     assert torch.equal(results[0][:, :same], results[1][:, :same])
     assert torch.equal(results[0][:, :same], results[2][:, :same])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_step_of_one_length(device: str, monkeypatch) -> None:
+    """It is exact where it fills its cache, and the same one again after that. On a CPU with torch's own SDPA."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    if device == "cpu":
+        monkeypatch.setattr(dense, "only_cudnn", contextlib.nullcontext)
+    model = load("tiny", "float32" if device == "cpu" else "float16", device)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    ids = torch.randint(1, 512, (2, 300), generator=torch.Generator().manual_seed(3))
+    expected = model.generate(
+        ids.to(device), max_new_tokens=2, min_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    decoder = Decoder(model, parse("dense-cudnn").make_cache(model, 301), 2, eos_token_id=(), fuse=False)
+    for _ in range(2):
+        got = decoder.generate(ids, max_new_tokens=2)
+        assert torch.equal(got.sequences, expected)
+    decoder.prefill(ids)
+    layer = decoder.cache.layers[0]
+    for _ in range(3):
+        decoder.step()
+        assert decoder.cache.get_seq_length() == 300 and layer.keys.shape[2] == 301
+        assert layer.keys[:, :, 300].abs().sum() > 0
+
+
+def test_cudnn_steps_are_as_long_as_the_others(monkeypatch, tmp_path, capsys) -> None:
+    """Its one length is the middle of theirs, and no text is decoded with it."""
+    monkeypatch.setattr(dense, "only_cudnn", contextlib.nullcontext)
+    monkeypatch.setattr(dense, "check_cudnn", lambda *_: None)
+    filled = []
+    fill = measure.fill
+    monkeypatch.setattr(measure, "fill", lambda *args: filled.append(args[4]) or fill(*args))
+    arguments = (
+        f"--model tiny --context 200 --batch 1 --quick --device cpu --no_plots --out {tmp_path} --modes"
+    )
+    assert main([*arguments.split(), "dense-cudnn", "mustafar-0.7"]) == 0
+    assert set(filled) == {200 + 16 - 1, 200}
+    with (tmp_path / "mem_spd.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["section"], row["mode"]) for row in rows] == [
+        ("steps", "dense-cudnn"),
+        ("steps", "mustafar-0.7"),
+        ("generation", "mustafar-0.7"),
+    ]
+    printed = capsys.readouterr().out
+    assert "x dense-cudnn" in printed and "dense-cudnn decodes no text" in printed
 
 
 def test_ranks_divide_a_preset(monkeypatch) -> None:
@@ -148,6 +199,10 @@ def test_unknown_modes(name: str) -> None:
         ("--model tiny --batch 0", "--batch"),
         ("--model tiny --new 1", "--new"),
         ("--model tiny --modes sparse", "unknown mode"),
+        (
+            "--model tiny --modes dense-cudnn",
+            "dense-cudnn needs a GPU that cuDNN's attention runs on, this is cpu",
+        ),
     ],
 )
 def test_bad_input(options: str, match: str, tmp_path, capsys) -> None:

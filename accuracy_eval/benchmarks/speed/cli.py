@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from ..shared.models import resolve_device
-    from . import presets, report
+    from . import dense, presets, report
     from .measure import DoesNotFit, bandwidth, generation_rows, largest_row, step_row
     from .ranks import Ranks
 
@@ -86,6 +86,8 @@ def _run(args: argparse.Namespace) -> int:
     if "largest" in args.sections and (device.type != "cuda" or ranks.count > 1):
         # Ranks that ran out of memory at different batches would wait for one another.
         args.sections = [section for section in args.sections if section != "largest"]
+    if any(mode.fixed for mode in modes):
+        dense.check_cudnn(device, dtype, 128)
     args.out.mkdir(parents=True, exist_ok=True)
 
     speaks = ranks.number == 0
@@ -137,6 +139,9 @@ def _run(args: argparse.Namespace) -> int:
         say("whole generations")
         for batch in args.generation_batch or args.batch[:1]:
             for mode in modes:
+                if mode.fixed:
+                    say(f"  {mode.name} decodes no text, its steps are all of one length: left out")
+                    continue
                 attempt(
                     "generation", mode, batch,
                     lambda: generation_rows(

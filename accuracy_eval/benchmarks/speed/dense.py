@@ -1,20 +1,30 @@
-"""A strong dense peer: a static cache on FlashAttention with the lengths on the device.
+"""Strong dense peers, without padding: FlashAttention with the lengths on the device, and cuDNN at one length.
 
-transformers' `StaticCache` reads and copies the whole buffer under a mask at every step. This one reads what is
-held, once for all query heads of a KV head, split over the GPU, as serving engines do. Without padding.
+transformers' `StaticCache` reads and copies the whole buffer under a mask at every step. `flash_cache` reads what is
+held, once for all query heads of a KV head, split over the GPU, as serving engines do.
+
+cuDNN's attention is the faster one, and as PyTorch calls it takes its lengths from the host, as shapes: a captured
+step has one length for ever. So `fixed_cache` holds one token less than it has room for, and every step puts its
+token into the last place and attends to all: the very step that fills the cache, again and again. That measures what
+a step costs at that length; it cannot decode a text.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..shared.errors import UserError
+
 NAME = "dense_flash"
+FIXED_NAME = "dense_cudnn"
 
 
 class _Shared:
@@ -118,3 +128,93 @@ def attention(
         rows, key.transpose(1, 2), value.transpose(1, 2), seen[:, None, None], scale=scaling
     )
     return output.flatten(1, 2).unsqueeze(1), None
+
+
+class FixedLayer(StaticLayer):
+    """Room for `max_cache_len` tokens [B, Hkv, max_cache_len, D], of which a prompt has all but the last."""
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self.filled = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys._fixed_layer = self
+        tokens = key_states.shape[2]
+        if tokens > 1:  # a prompt, on an empty cache
+            self.keys[:, :, :tokens] = key_states
+            self.values[:, :, :tokens] = value_states
+            self.filled = True
+            return key_states, value_states
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.max_cache_len - 1 if self.filled else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.max_cache_len if query_length == 1 else query_length), 0
+
+    def reset(self) -> None:
+        self.filled = False
+
+
+def fixed_cache(config: Any, max_length: int) -> Cache:
+    """The cache; `model.config` is told to use its attention."""
+    AttentionInterface.register(FIXED_NAME, fixed_attention)
+    config._attn_implementation = FIXED_NAME
+    cache = StaticCache(config=config, max_cache_len=max_length)
+    cache.layers = [FixedLayer(max_length) for _ in cache.layers]
+    return cache
+
+
+def only_cudnn() -> contextlib.AbstractContextManager:
+    """Within it, `scaled_dot_product_attention` is cuDNN's or an error."""
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+
+
+def check_cudnn(device: torch.device, dtype: str, head_dim: int) -> None:
+    """Whether a step's attention can be cuDNN's, by trying it.
+
+    Raises
+    ------
+    UserError
+        If not, with PyTorch's reason.
+    """
+    if device.type != "cuda":
+        raise UserError(f"dense-cudnn needs a GPU that cuDNN's attention runs on, this is {device}")
+    kind = getattr(torch, dtype)
+    query = torch.zeros((1, 2, 1, head_dim), dtype=kind, device=device)
+    keys = torch.zeros((1, 1, 128, head_dim), dtype=kind, device=device)
+    try:
+        with only_cudnn():
+            F.scaled_dot_product_attention(query, keys, keys, enable_gqa=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"dense-cudnn: cuDNN's attention is not there for {dtype}, head_dim {head_dim}: {reason}"
+        ) from None
+
+
+def fixed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of query [B, H, T, D]; returns [B, T, H, D]. A step attends to the whole cache."""
+    if getattr(key, "_fixed_layer", None) is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    grouped = query.shape[1] != key.shape[1]
+    with only_cudnn():
+        output = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2), None

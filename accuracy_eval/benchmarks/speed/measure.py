@@ -240,15 +240,17 @@ def step_row(
 ) -> Row:
     """One row of the table of step times."""
     device, shape = model.device, Shape.of(model)
-    max_length = context + steps + 8
+    middle = context + max(1, steps // 2)
+    # A fixed mode repeats the step that fills its cache; the others' steps are as long on average.
+    max_length, begin = (middle, middle - 1) if mode.fixed else (context + steps + 8, context)
     with clean(device):
         before = held(device)
         run = Run(model, mode, batch, max_length)
-        fill(run.cache, model, shape, batch, context)
+        fill(run.cache, model, shape, batch, begin)
         kv = held(device) - before
         setup = run.capture()
-        times = run.steps(context, steps)
-        floor = floor_ms(mode, shape, batch, context + steps // 2, bytes_per_second)
+        times = run.steps(begin, steps)
+        floor = floor_ms(mode, shape, batch, middle, bytes_per_second)
         mean = sum(times) / len(times)
         row = {
             "section": "steps",
@@ -335,7 +337,7 @@ def largest_row(
     """The largest batch whose cache of `context` tokens, and its steps, fit the GPU: estimated, then tried,
     smaller and smaller. Its prompts would have to be computed some at a time."""
     shape = Shape.of(model)
-    max_length = context + steps + 8
+    max_length = context + steps // 2 if mode.fixed else context + steps + 8
     one = mode.kv_bytes(shape, 1, max_length)
     if limit is None:
         free = torch.cuda.mem_get_info(model.device)[0] + (

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ..shared.errors import UserError
-from .dense import flash_cache
+from .dense import fixed_cache, flash_cache
 
 LOOPS = {
     "dense": "generate",
     "dense-static": "decoder",
     "dense-flash": "decoder",
+    "dense-cudnn": "decoder",
     "dense-compiled": "compiled",
     "mustafar": "decoder",
     "mustafar-dynamic": "generate",
@@ -23,6 +24,8 @@ HELP = """\
 dense               transformers' generate and its growing cache
 dense-static        transformers' StaticCache in the captured loop of mustafar.decoding
 dense-flash         FlashAttention with lengths on the device, in the same captured loop
+dense-cudnn         cuDNN's attention, in the same captured loop; it takes its lengths from the host, so a step is
+                    captured at one length, that of the middle of the others' steps: steps and largest batch only
 dense-compiled      transformers' generate with its StaticCache, compiled by itself
 mustafar-<s>        pruned to sparsity <s>, in the same captured loop (mustafar-0.7)
 mustafar-dynamic-<s>, mustafar-compiled-<s>   pruned, in transformers' generate"""
@@ -41,6 +44,11 @@ class Mode:
         """ "decoder", "generate" or "compiled"."""
         return LOOPS[self.kind]
 
+    @property
+    def fixed(self) -> bool:
+        """Whether all steps are the same one, at one length, so that no text can be decoded."""
+        return self.kind == "dense-cudnn"
+
     def make_cache(self, model: Any, max_length: int) -> Any:
         """An empty cache with room for `max_length` tokens. Sets the model's attention."""
         import mustafar
@@ -52,6 +60,8 @@ class Mode:
         model.set_attn_implementation("sdpa")
         if self.kind == "dense-flash":
             return flash_cache(model.config, max_length)
+        if self.fixed:
+            return fixed_cache(model.config, max_length)
         if self.kind == "dense":
             return DynamicCache(config=model.config)
         return StaticCache(config=model.config, max_cache_len=max_length)

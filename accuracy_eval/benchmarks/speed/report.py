@@ -22,6 +22,7 @@ COLOURS = {
     "dense": "#949494",
     "dense-static": "#ca9161",
     "dense-flash": "#029e73",
+    "dense-cudnn": "#00634a",
     "dense-compiled": "#7fbf9f",
 }
 PRUNED = ("#0173b2", "#de8f05", "#cc78bc", "#56b4e9")
@@ -137,6 +138,8 @@ def _figure(rows: Sequence[Row]):
 
 
 def _lines(rows: Sequence[Row], x: str, label: str, y: str, path: Path) -> Path:
+    from matplotlib import ticker
+
     figure, axis = _figure(rows)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     contexts = list(dict.fromkeys(row["context"] for row in rows))
@@ -151,7 +154,11 @@ def _lines(rows: Sequence[Row], x: str, label: str, y: str, path: Path) -> Path:
                     color=_colour(mode, modes),
                     label=f"{mode}, {context} tokens",
                 )
+    ticks = sorted({row[x] for row in rows})
     axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.set_ylim(bottom=0)
     axis.set_xlabel(label)
     axis.set_ylabel("tokens per second")
     axis.legend(fontsize=8, frameon=False)
