@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from benchmarks.shared.errors import UserError
-from benchmarks.speed import dense, measure
+from benchmarks.speed import dense, measure, report
 from benchmarks.speed.cli import main
 from benchmarks.speed.modes import Shape, parse
 from benchmarks.speed.presets import PRESETS, load
@@ -39,6 +39,29 @@ def test_a_run(tmp_path, capsys) -> None:
         "throughput_batch.png",
         "throughput_new_tokens.png",
     }
+
+
+def test_tables_of_several_runs_become_one(tmp_path, capsys) -> None:
+    base = "--model tiny --batch 1 --quick --device cpu --no_plots --sections steps --commit abc --modes"
+    assert main([*base.split(), "dense-flash", "--context", "100", "150", "--out", str(tmp_path / "a")]) == 0
+    assert main([*base.split(), "mustafar-0.7", "--context", "100", "--out", str(tmp_path / "b")]) == 0
+    older = (tmp_path / "b" / "mem_spd.csv").read_text().replace("model,ranks,mode", "model,mode")
+    (tmp_path / "b" / "mem_spd.csv").write_text(older.replace("tiny,1,", "tiny,"))
+    capsys.readouterr()
+    tables = [str(tmp_path / name / "mem_spd.csv") for name in "ab"]
+    assert report.main([*tables, "--out", str(tmp_path / "all")]) == 0
+    assert "x dense-flash" in capsys.readouterr().out and (tmp_path / "all" / "throughput_batch.png").exists()
+    rows = report.read_csv(tmp_path / "all" / "mem_spd.csv")
+    assert [(row["mode"], row["context"], row["ranks"], row["commit"]) for row in rows] == [
+        ("dense-flash", 100, 1, "abc"),
+        ("dense-flash", 150, 1, "abc"),
+        ("mustafar-0.7", 100, 1, "abc"),
+    ]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for name, said in (("other.csv", "not a table"), ("none.csv", "No such file")):
+        with pytest.raises(SystemExit):
+            report.main([str(tmp_path / name)])
+        assert said in capsys.readouterr().err
 
 
 def test_json(tmp_path, capsys) -> None:

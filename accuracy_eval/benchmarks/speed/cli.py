@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import sys
 import time
@@ -33,7 +35,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--modes", nargs="+", default=DEFAULT_MODES, metavar="MODE", help="see below")
     p.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     p.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
-    p.add_argument("--context", type=int, default=8192, help="tokens of the prompt (default 8192)")
+    p.add_argument(
+        "--context", nargs="+", type=int, default=[8192],
+        help="tokens of the prompt (default 8192); of several, generation and largest take the first",
+    )  # fmt: skip
     p.add_argument("--new", nargs="+", type=int, default=[512, 1024, 2048], help="new tokens of a generation")
     p.add_argument(
         "--generation_batch", nargs="+", type=int, help="batches of the generation (default: the first)"
@@ -43,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mlp_tokens", type=int, help="tokens of a prompt that an MLP takes at once")
     p.add_argument("--dtype", default=None, choices=("float16", "bfloat16", "float32"))
     p.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    p.add_argument("--commit", help="what the rows call the code (default: as git describes it)")
     p.add_argument("--out", type=Path, default=Path("speed"), help="folder for mem_spd.csv and plots")
     p.add_argument("--json", action="store_true", help="print the rows as JSON lines instead of text")
     p.add_argument("--no_plots", action="store_true")
@@ -70,9 +76,9 @@ def _run(args: argparse.Namespace) -> int:
     modes = [parse(name) for name in args.modes]
     if args.quick:
         args.steps, args.new, args.repeats = min(args.steps, 32), [min(args.new[0], 32)], 1
-    for name in ("context", "steps", "repeats"):
+    for name in ("steps", "repeats"):
         _positive(name, getattr(args, name))
-    for name in ("batch", "new", "generation_batch"):
+    for name in ("context", "batch", "new", "generation_batch"):
         for value in getattr(args, name) or []:
             _positive(name, value)
     marks = sorted(set(args.new))
@@ -96,6 +102,8 @@ def _run(args: argparse.Namespace) -> int:
     model = presets.load(args.model, dtype, str(device), ranks)
     speed = bandwidth(device)
     about = {"model": args.model, "ranks": ranks.count} | report.machine(device, dtype)
+    if args.commit:
+        about["commit"] = args.commit
     say(f"{args.model}, {dtype}, {ranks.count} x {about['device']}, copies at {speed / 1e12:.3f} TB/s")
     rows: list[report.Row] = []
 
@@ -106,7 +114,8 @@ def _run(args: argparse.Namespace) -> int:
         report.write_csv(rows, args.out / "mem_spd.csv")  # a run that is stopped leaves what it has
         print(json.dumps(rows[-1]) if args.json else f"  {report.line(rows[-1])}", flush=True)
 
-    def attempt(section: str, mode: Mode, batch: int, measure: Callable[[], list[report.Row]]) -> None:
+    def attempt(section: str, mode: Mode, batch: int, context: int, measure: Callable[..., list[report.Row]]):
+        where = {"section": section, "mode": mode.name, "batch": batch, "context": context}
         try:
             for row in measure():
                 add(row)
@@ -114,48 +123,38 @@ def _run(args: argparse.Namespace) -> int:
             note = f"does not fit the memory of {about['device']}"
             if error.largest is not None:
                 note += f": the cache of at most a batch of {error.largest} does, prompts not counted"
-            add(
-                {"section": section, "mode": mode.name, "batch": batch, "context": args.context, "note": note}
-            )
+            add(where | {"note": note})
         except (RuntimeError, NotImplementedError, TypeError) as error:  # others go on
             note = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            add(
-                {"section": section, "mode": mode.name, "batch": batch, "context": args.context, "note": note}
-            )
+            add(where | {"note": note})
 
     def progress(text: str) -> None:
         say(f"    {text}")
 
+    first = args.context[0]
     if "steps" in args.sections:
         say("decode steps on a filled cache")
-        for batch in args.batch:
-            for mode in modes:
-                attempt(
-                    "steps", mode, batch,
-                    lambda: [step_row(model, mode, batch, args.context, args.steps, speed)],  # noqa: B023
-                )  # fmt: skip
+        for context, batch, mode in itertools.product(args.context, args.batch, modes):
+            call = functools.partial(step_row, model, mode, batch, context, args.steps, speed)
+            attempt("steps", mode, batch, context, lambda: [call()])  # noqa: B023
         say(report.comparison(rows))
     if "generation" in args.sections:
         say("whole generations")
-        for batch in args.generation_batch or args.batch[:1]:
-            for mode in modes:
-                if mode.fixed:
-                    say(f"  {mode.name} decodes no text, its steps are all of one length: left out")
-                    continue
-                attempt(
-                    "generation", mode, batch,
-                    lambda: generation_rows(
-                        model, mode, batch, args.context, marks, args.repeats, args.mlp_tokens, progress  # noqa: B023
-                    ),
-                )  # fmt: skip
+        for batch, mode in itertools.product(args.generation_batch or args.batch[:1], modes):
+            if mode.fixed:
+                say(f"  {mode.name} decodes no text, its steps are all of one length: left out")
+                continue
+            call = functools.partial(
+                generation_rows, model, mode, batch, first, marks, args.repeats, args.mlp_tokens, progress
+            )
+            attempt("generation", mode, batch, first, call)
     if "largest" in args.sections:
         say("largest batches")
         for mode in modes:
             if mode.loop == "decoder":
-                attempt(
-                    "largest", mode, 0,
-                    lambda: [largest_row(model, mode, args.context, min(args.steps, 64), speed, progress)],  # noqa: B023
-                )  # fmt: skip
+                steps = min(args.steps, 64)
+                call = functools.partial(largest_row, model, mode, first, steps, speed, progress)
+                attempt("largest", mode, 0, first, lambda: [call()])  # noqa: B023
     if ranks.count > 1:
         torch.distributed.destroy_process_group()
     if not args.no_plots and speaks:

@@ -1,7 +1,11 @@
-"""CSV, tables and plots of what was measured."""
+"""CSV, tables and plots of what was measured. Several runs become one table with
+
+python -m benchmarks.speed.report a/mem_spd.csv b/mem_spd.csv --out speed
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
@@ -12,12 +16,15 @@ from typing import Any
 
 import torch
 
+from ..shared.errors import UserError
+
 Row = dict[str, Any]
 FIELDS = (
     "section model ranks mode batch context new_tokens ttft_s ms_step ms_median ms_p20 ms_p80 floor_ms times_floor "
     "tokens_per_s tokens_per_s_with_prompt kv_bytes kv_formula peak_bytes prefill_peak_bytes setup_s note device "
     "dtype torch transformers commit date"
 ).split()
+TEXTS = set("section model mode note device dtype torch transformers commit date".split())
 COLOURS = {
     "dense": "#949494",
     "dense-static": "#ca9161",
@@ -55,6 +62,36 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: _short(value) for key, value in row.items() if value is not None})
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a CSV that `write_csv` wrote, cells without a value left out.
+
+    Raises
+    ------
+    UserError
+        If the file is not there or another table.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [
+                {k: _value(k, v) for k, v in row.items() if v not in ("", None)}
+                for row in csv.DictReader(file)
+            ]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: not a table of mem_spd_test.py") from None
+    for row in rows:
+        if not {"section", "mode", "batch", "context"} <= row.keys() <= set(FIELDS):
+            raise UserError(f"{path}: not a table of mem_spd_test.py")
+    return [{"ranks": 1} | row for row in rows]  # what older tables did not say
+
+
+def _value(name: str, text: str) -> Any:
+    if name in TEXTS:
+        return text
+    return int(text) if text.isdigit() else float(text)
 
 
 def _short(value: Any) -> Any:
@@ -179,8 +216,30 @@ def _bars(rows: Sequence[Row], path: Path) -> Path:
         heights = [found[key] for key in groups if key in found]
         axis.bar(places, heights, width, color=_colour(mode, modes), label=mode)
     axis.set_xticks(range(len(groups)), [f"batch {b}\n{c} + {n}" for b, c, n in groups], fontsize=8)
+    axis.set_xlim(-0.8, len(groups) - 0.2)
     axis.set_xlabel("prompt + new tokens")
     axis.set_ylabel("tokens per second while decoding")
     axis.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Put the tables of several runs together, in that order, and draw them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.report", description=main.__doc__)
+    parser.add_argument("tables", nargs="+", type=Path, help="mem_spd.csv of runs")
+    parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for mem_spd.csv and plots")
+    args = parser.parse_args(arguments)
+    try:
+        rows = [row for path in args.tables for row in read_csv(path)]
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, args.out / "mem_spd.csv")
+    print(comparison(rows))
+    print("written: " + ", ".join(map(str, [args.out / "mem_spd.csv", *draw(rows, args.out)])))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
