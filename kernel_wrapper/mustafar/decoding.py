@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from mustafar.cache import MustafarCache
 from mustafar.fusion import fused
+from mustafar.merging import lay_together
 from mustafar.prefill import mlp_in_pieces
 
 WARM_UP_STEPS = 3
@@ -122,8 +124,9 @@ class Decoder:
         Capture the step; by default where the model is on a GPU.
     fuse : bool, optional
         Compile what lies between matrix products and attention (norms, rotary embedding, activation) with
-        torch.compile when capturing; by default where a graph is captured and a compiler is found. Rounding
-        may differ from eager in the last bit. The model is left as it was.
+        torch.compile when capturing, and multiply with q, k and v, and with both halves of the MLP, at once; by
+        default where a graph is captured and a compiler is found. Rounding may differ from eager in the last
+        bit. The model is left as it was, but for where those weights lie in memory.
     mlp_tokens : int, optional
         The most tokens of a batch of prompts that go through an MLP at once (`mustafar.prefill.mlp_in_pieces`).
     """
@@ -267,6 +270,8 @@ class Decoder:
         """Take all memory and capture the step, once; before a prompt, as it is tried on an empty cache."""
         if self.captures or not self.uses_graph:
             return
+        # Whether this step makes use of it or not: weights must not move once a graph has their addresses.
+        lay_together(self.model)
         self.cache.reset()
         self._forward(self.ids, self.positions, None)  # makes the cache take its memory
         with contextlib.ExitStack() as stack:
@@ -326,10 +331,10 @@ class Decoder:
 
     def _choose(self, logits: torch.Tensor) -> None:
         if self.sampling is None:
-            token = logits.argmax(-1)
+            token = largest(logits)
         else:
             # The largest p / e, e exponential: a draw from p that needs no host and no normalisation.
-            token = (self.sampling.scores(logits) - self.noise.log()).argmax(-1)
+            token = largest(self.sampling.scores(logits) - self.noise.log())
         if self.eos is not None:
             token = torch.where(self.finished, self.pad, token)
             self.finished |= (token[:, None] == self.eos).any(-1)
@@ -358,6 +363,17 @@ class Decoder:
                 "tokenizer's attention_mask"
             )
         return (~seen).sum(1), mask
+
+
+def largest(scores: torch.Tensor) -> torch.Tensor:
+    """``scores.argmax(-1)`` of [B, vocabulary], in two steps: a GPU gives few rows to few of its processors."""
+    batch, vocabulary = scores.shape
+    pieces = math.gcd(vocabulary, 256)
+    if pieces < 16 or vocabulary < 8192:
+        return scores.argmax(-1)
+    values, places = scores.view(batch, pieces, -1).max(-1)
+    piece = values.argmax(-1, keepdim=True)
+    return (places.gather(1, piece) + piece * (vocabulary // pieces))[:, 0]
 
 
 def _check_cache(cache: Any) -> int:

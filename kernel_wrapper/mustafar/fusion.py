@@ -1,10 +1,10 @@
-"""Compiled elementwise parts of a transformers decoder, for the time of a graph capture.
+"""Fewer kernels in a step of a transformers decoder, for the time of a graph capture.
 
 A decoder layer in transformers runs some thirty small kernels around its matrix products: norms, rotary
 embedding, activation, sums. torch.compile makes about five of them. Compiling the whole model takes a minute;
 here one layer is compiled and the code serves all, which takes a graph break around cache and attention (both
 are few kernels already) and hiding the layer's number from the compiler, which would compile each layer for its
-own.
+own. Matrix products of the same input are one (`mustafar.merging`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mustafar.merging import merged
 
 
 @contextlib.contextmanager
@@ -37,6 +39,7 @@ def fused(model: PreTrainedModel, cache: Cache, backend: str = "inductor") -> It
     }
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch._dynamo.config.patch(**limits))
+        undo.enter_context(merged(model))
         for part in (*layers, *others):
             undo.callback(setattr, part, "_compiled_call_impl", part._compiled_call_impl)
             part.compile(backend=backend, dynamic=False)

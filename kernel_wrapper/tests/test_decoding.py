@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mustafar import Decoder, Sampling
+from mustafar.decoding import largest
 from mustafar.fusion import fused
 from mustafar.prefill import mlp_in_pieces
 from tiny_models import cache_for, generate, one_thread, padded_prompts, prompts, tiny
@@ -101,6 +102,16 @@ def test_sampling_follows_the_distribution() -> None:
     noise = torch.empty(40_000, 5).exponential_(generator=torch.Generator().manual_seed(0))
     drawn = (sampling.scores(logits) - noise.log()).argmax(-1).bincount(minlength=5) / 40_000
     assert torch.allclose(drawn, wanted, atol=0.01)
+
+
+@pytest.mark.parametrize("vocabulary", [128256, 32000, 8192, 50257, 96])
+def test_largest_is_argmax(vocabulary: int) -> None:
+    """The first of equal ones and NaN included."""
+    scores = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0)).mul(2).round()
+    scores[1] = 0
+    scores[2, vocabulary // 2] = torch.nan
+    scores[3, vocabulary // 3 :] = -torch.inf
+    assert torch.equal(largest(scores), scores.argmax(-1))
 
 
 def test_prefill_in_pieces_is_the_same() -> None:
