@@ -29,7 +29,8 @@ ENGLISH = (
     "sat. ran. and of Paragraph Paragraph 7 \u0663 \u00b2 # // ` return x = 1 def f(): \n \n\n \t \u2028"
 ).split(" ")
 CHINESE = (
-    "我 喜欢 苹果 香蕉 。 \uff0c 会议 讨论了 预算 计划 厦门大学 举办 段落7 段落 12 A股 《 》 \uff01 体育 财经 \n \u3000 the 3.5"
+    "我 喜欢 苹果 香蕉 。 \uff0c 会议 讨论了 预算 计划 厦门大学 举办 段落7 段落 12 A股 "
+    "《 》 \uff01 体育 财经 \n \u3000 the 3.5"
 ).split(" ")
 CLASSES = {
     "trec": ["Number", "Date", "Number of days", "Other number", "City", "Other location"],
