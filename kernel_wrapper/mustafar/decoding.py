@@ -330,11 +330,10 @@ class Decoder:
         return seen.view(self.batch_size, 1, 1, self.max_length)
 
     def _choose(self, logits: torch.Tensor) -> None:
-        if self.sampling is None:
-            token = largest(logits)
-        else:
+        if self.sampling is not None:
             # The largest p / e, e exponential: a draw from p that needs no host and no normalisation.
-            token = largest(self.sampling.scores(logits) - self.noise.log())
+            logits = self.sampling.scores(logits) - self.noise.log()
+        token = largest(logits)
         if self.eos is not None:
             token = torch.where(self.finished, self.pad, token)
             self.finished |= (token[:, None] == self.eos).any(-1)
