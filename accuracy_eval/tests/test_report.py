@@ -77,11 +77,16 @@ def test_averages_are_of_groups_and_of_all_data_sets(two, tmp_path):
         rows["K 0.5 V 0", "qasper"]["kv_share"] == "0.7500"
         and rows["dense", "qasper"]["kv_share"] == "1.0000"
     )
+    # Answers equal to the dense run's: 3 of 4, 3 of 4 and 2 of 4, though the last data set's score is the same.
+    for name, value in (("qasper", "75.00"), ("hotpotqa", "50.00"), ("Average", "66.67")):
+        assert (rows["K 0.5 V 0", name]["as_dense"], rows["dense", name]["as_dense"]) == (value, "")
     table = (tmp_path / "out/table.md").read_text()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
-    assert cells[0] == ["configuration", "KV bytes", "Single-Doc QA", "Multi-Doc QA", "Average", "difference"]
+    head = ["configuration", "KV bytes", "Single-Doc QA", "Multi-Doc QA", "Average", "difference", "as dense"]
+    assert cells[0] == head
     assert cells[2][:5] == ["dense", "100.0 %", "75.00", "75.00", "75.00"]
     assert cells[3][:5] == ["K 0.5 V 0", "75.0 %", "50.00", "75.00", "58.33"]
+    assert cells[2][5:] == ["", ""] and cells[3][6].startswith("66.7 [")
     for name in ("accuracy_by_size.png", "by_task.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
 

@@ -50,10 +50,25 @@ def score(run: Run, names: list[str]) -> Estimate:
 
     The intervals of the data sets are combined by Zou and Donner's method: distances to the bounds add in squares.
     """
-    means = np.array([run.scores[name].mean() for name in names])
-    bounds = np.array([mean_interval(run.scores[name]) for name in names])
+    return _average([run.scores[name] for name in names])
+
+
+def agreement(run: Run, base: Run, names: list[str]) -> Estimate:
+    """Return the share of rows that `run` answers word for word as `base` does, each data set counted alike.
+
+    It tells two ways of pruning apart before scores do: an answer may change from wrong to wrong, and as many may
+    turn right as wrong.
+    """
+    pairs = [zip(run.answers[name], base.answers[name], strict=True) for name in names]
+    return _average([np.array([float(mine == other) for mine, other in rows]) for rows in pairs])
+
+
+def _average(sets: list[np.ndarray]) -> Estimate:
+    """Return the mean of the means of rows in [0, 1]."""
+    means = np.array([rows.mean() for rows in sets])
+    bounds = np.array([mean_interval(rows) for rows in sets])
     mean = float(means.mean())
-    below, above = (np.sqrt(((bounds.T - means) ** 2).sum(1)) / len(names)).tolist()
+    below, above = (np.sqrt(((bounds.T - means) ** 2).sum(1)) / len(sets)).tolist()
     return Estimate(100 * mean, 100 * max(0.0, mean - below), 100 * min(1.0, mean + above))
 
 

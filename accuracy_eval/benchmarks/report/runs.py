@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ class Run:
         By data set: the rows' scores in [0, 1], in the order of the rows.
     kv_share
         Bytes that its cache held of those of a dense cache, over all rows; None if that was not measured.
+    answers
+        By data set: what was answered, in the order of the rows.
     """
 
     label: str
@@ -44,6 +46,7 @@ class Run:
     config: dict
     scores: dict[str, np.ndarray]
     kv_share: float | None
+    answers: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
@@ -63,7 +66,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         raise UserError(f"{folder} is no run: it has no {CONFIG}; predict with long_test.sh or pred_ruler.py")
     if config.get("benchmark") == "longbench-e":
         raise UserError(f"{folder} is scored by length (--e); compare runs of plain LongBench")
-    scores, held, dense = {}, 0, 0
+    scores, answers, held, dense = {}, {}, 0, 0
     for name, entry in config["datasets"].items():
         path = folder / f"{name}.jsonl"
         records = read_records(path, ("pred", "answers")) if path.is_file() else []
@@ -72,12 +75,13 @@ def read_run(folder: Path, label: str | None = None) -> Run:
             raise UserError(f"{folder} is incomplete: {name} has {status}; the command of the run resumes it")
         order = np.argsort([record.get("_index", n) for n, record in enumerate(records)], kind="stable")
         scores[name] = np.array(_row_scores(config, name, entry, path))[order]
+        answers[name] = [records[n]["pred"] for n in order]
         for record in records:
             mine, full = record.get("_kv_bytes", (0, 0))
             held, dense = held + mine, dense + full
     is_dense = config["mode"] == "dense"
     share = 1.0 if is_dense else held / dense if dense else None
-    return Run(label or label_of(config), folder, config, scores, share)
+    return Run(label or label_of(config), folder, config, scores, share, answers)
 
 
 def _row_scores(config: dict, name: str, entry: dict, path: Path) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..longbench.tasks import GROUPS_OF_PAPER
 from ..ruler.tasks import parse_data_name
-from .intervals import Estimate, difference, score
+from .intervals import Estimate, agreement, difference, score
 from .published import Published
 from .runs import Run
 
@@ -66,7 +66,8 @@ def markdown(report: Report, title: str) -> str:
     notes = ["KV bytes: what the cache held of a dense one's bytes, window included, measured on these rows."]
     if report.base:
         notes.append(
-            "Difference: of the averages, to the dense run on the same rows, in points, with its 95 % interval."
+            "Difference: of the averages, to the dense run on the same rows, in points, with its 95 % interval. "
+            "As dense: rows answered word for word as by the dense run, in %, right or wrong."
         )
     notes += dict.fromkeys(f"Published figures: {row.source}." for row in report.published)
     parts += [" ".join(notes), ""]
@@ -82,14 +83,13 @@ def _by_group(report: Report) -> str:
     columns = report.columns()
     head = ["configuration", "KV bytes", *columns]
     if report.base:
-        head.append("difference")
+        head += ["difference", "as dense"]
     lines = [head]
     for run in report.runs:
         cells = [run.label, _share(run)]
         cells += [f"{score(run, names).score:.2f}" for names in columns.values()]
         if report.base:
-            same = run is report.base
-            cells.append("" if same else _difference(report, run))
+            cells += ["", ""] if run is report.base else [_difference(report, run), _as_dense(report, run)]
         lines.append(cells)
         for row in report.published:
             if row.label == run.label:
@@ -102,6 +102,11 @@ def _by_group(report: Report) -> str:
 def _difference(report: Report, run: Run) -> str:
     found = difference(run, report.base, report.names)
     return f"{found.score:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def _as_dense(report: Report, run: Run) -> str:
+    found = agreement(run, report.base, report.names)
+    return f"{found.score:.1f} [{found.low:.1f}, {found.high:.1f}]"
 
 
 def _by_name(report: Report) -> str:
@@ -128,7 +133,7 @@ def _grid(lines: list[list[str]]) -> str:
 
 CSV_HEAD = (
     "configuration,source,k_rule,k_sparsity,v_rule,v_sparsity,backend,kv_share,kind,name,rows,score,low,high,"
-    "difference,difference_low,difference_high"
+    "difference,difference_low,difference_high,as_dense,as_dense_low,as_dense_high"
 ).split(",")
 
 
@@ -157,13 +162,14 @@ def as_csv(report: Report) -> str:
             cells = [kind, name, rows, *_numbers(score(run, names))]
             if report.base and run is not report.base:
                 cells += _numbers(difference(run, report.base, names))
+                cells += _numbers(agreement(run, report.base, names))
             else:
-                cells += ["", "", ""]
+                cells += [""] * 6
             writer.writerow([*what, *cells])
     for row in report.published:
         for name, value in row.scores.items():
             what = [row.label, f"published: {row.source}", *[""] * 6]
-            writer.writerow([*what, "group", name, "", value, *[""] * 5])
+            writer.writerow([*what, "group", name, "", value, *[""] * 8])
     return out.getvalue()
 
 
