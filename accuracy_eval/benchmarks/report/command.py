@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..shared.run import command
+from .published import HELP as PUBLISHED_HELP
 from .published import read_published
 from .write import left_out, make_report, title_of, write_report
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs", nargs="+", type=Path, metavar="FOLDER", help="a run's folder, such as pred/..."
     )
     parser.add_argument("--report", type=Path, default=Path("report"), metavar="DIR", help="%(default)s")
-    parser.add_argument("--published", type=Path, metavar="FILE", help="YAML of published figures to show")
+    parser.add_argument("--published", type=Path, metavar="FILE", help=PUBLISHED_HELP)
     args = parser.parse_args(argv)
     return command(lambda: _run(args))
 

@@ -8,6 +8,11 @@ from pathlib import Path
 from ..shared.errors import UserError
 from ..shared.yamlfile import read_yaml
 
+HELP = (
+    "figures published elsewhere, to stand beside the rows of the same name, marked as published; none are bundled. "
+    "A YAML such as {source: 'table and paper', rows: [{name: Dense, scores: {Average: 12.3}}]}"
+)
+
 
 @dataclass(frozen=True)
 class Published:

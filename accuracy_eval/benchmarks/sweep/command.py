@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..longbench import predict as longbench_predict
 from ..longbench import settings as longbench_settings
+from ..report.published import HELP as PUBLISHED_HELP
 from ..report.published import read_published
 from ..report.write import make_report, title_of, write_report
 from ..ruler import predict as ruler_predict
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="default: OUTPUT_DIR/report/<plan>_<model>"
     )
-    parser.add_argument("--published", type=Path, metavar="FILE", help="YAML of published figures to show")
+    parser.add_argument("--published", type=Path, metavar="FILE", help=PUBLISHED_HELP)
     args, others = parser.parse_known_args(argv)
     return command(lambda: _run(args, others))
 
