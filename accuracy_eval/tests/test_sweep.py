@@ -165,3 +165,16 @@ def test_the_papers_rows():
     assert {"Dense", "ThinK0.5", "ThinK0.7", "K0.5", "K0.7", "V0.5", "V0.7", "K0.5 V0.5", "K0.7 V0.7"} <= set(
         names
     )
+
+
+@pytest.mark.parametrize("results", ["h200", "h200_stores"])
+def test_the_kept_results_are_those_of_the_bundled_plan(results):
+    with (ACCURACY_EVAL / "demo/results" / results / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    rows = {row.name: row for row in read_plan(ACCURACY_EVAL / "sweeps/bundled.yaml").rows}
+    assert list(dict.fromkeys(line["configuration"] for line in lines)) == list(rows)
+    for line in lines:
+        row = rows[line["configuration"]]
+        assert (float(line["k_sparsity"]), float(line["v_sparsity"])) == (row.k_sparsity, row.v_sparsity)
+        assert row.is_dense or (line["k_rule"], line["v_rule"]) == (row.k_rule, row.v_rule)
+        assert line["kind"] != "data set" or int(line["rows"]) >= 500
