@@ -6,6 +6,7 @@ import json
 
 import pytest
 from benchmarks.longbench import predict
+from benchmarks.shared import models
 from longbench_helpers import make_model, make_rows, make_tokenizer, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +42,8 @@ def checkpoint(folder, kind, **changes):
     """Write a random model of a kind, or its config alone where it is no decoder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **SMALL | changes)
+    given = {name: value for name, value in (SMALL | changes).items() if value is not None}
+    config = AutoConfig.for_model(kind, **given)
     if kind == "t5":
         config.save_pretrained(folder)
     else:
@@ -71,6 +73,22 @@ def test_models_that_cannot_be_pruned(run, tmp_path, kind, changes, message):
         assert run(model, "0", "0", "dense")[0] == 0
         written = next((tmp_path / "out/pred").glob("*_dense")) / "mine.jsonl"
         assert len(read_jsonl(written)) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "options", "message"),
+    [
+        ("llama", {"head_dim": 20}, (), "tiny has head_dim 20; the GPU kernels take multiples of 8 up to 256: "),
+        ("qwen2", {"head_dim": None, "hidden_size": 40}, (), "tiny has head_dim 20; the GPU kernels"),
+        ("llama", {}, ("--dtype", "float32"), "--dtype float32: the GPU kernels take float16 and bfloat16: leave"),
+    ],
+)  # fmt: skip
+def test_what_the_gpu_kernels_do_not_take(run, tmp_path, monkeypatch, kind, changes, options, message):
+    model = checkpoint(tmp_path / "tiny", kind, **changes)
+    assert run(model, "0.5", "0.5", "mustafar", *options)[0] == 0  # on a CPU
+    monkeypatch.setattr(models, "resolve_device", lambda given: "cuda")
+    status, _, err = run(model, "0.5", "0.5", "mustafar", *options)
+    assert status == 2 and message in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("mode", ["dense", "mustafar"])

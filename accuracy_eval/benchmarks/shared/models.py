@@ -143,6 +143,31 @@ def check_mode(info: ModelInfo, mode: str) -> None:
         )
 
 
+def check_kernels(info: ModelInfo, settings: Settings) -> None:
+    """Refuse what the GPU kernels do not take, before anything is loaded; the CPU's take any head dim and dtype.
+
+    Raises
+    ------
+    UserError
+        Naming what it is, and what to do about it.
+    """
+    if settings.mode == "dense" or settings.backend == "simulate" or settings.device == "cpu":
+        return
+    remedy = "give --backend simulate, or --device cpu"
+    config = info.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and getattr(config, "num_attention_heads", None):
+        head_dim = config.hidden_size // config.num_attention_heads
+    if isinstance(head_dim, int) and head_dim % 8:
+        raise UserError(
+            f"{info.name} has head_dim {head_dim}; the GPU kernels take multiples of 8 up to 256: {remedy}"
+        )
+    if settings.dtype == "float32":
+        raise UserError(
+            f"--dtype float32: the GPU kernels take float16 and bfloat16: leave it out, or {remedy}"
+        )
+
+
 def load_model(info: ModelInfo, settings: Settings, device: str) -> LoadedModel:
     """Load the weights for the settings' mode and dtype, onto `device` (as `resolve_device` returns it).
 

@@ -63,9 +63,15 @@ def command(run: Callable[[], None]) -> int:
 def make_settings(
     args: argparse.Namespace, info: models.ModelInfo, device: str, *, benchmark: str, max_length: int | None
 ) -> Settings:
-    """Return the settings that the options come to for a model on a device."""
+    """Return the settings that the options come to for a model on a device.
+
+    Raises
+    ------
+    UserError
+        If the kernels of that device cannot run the model.
+    """
     pruned = args.mode != "dense"
-    return Settings(
+    settings = Settings(
         benchmark=benchmark,
         model=info.path,
         model_fingerprint=info.fingerprint,
@@ -83,6 +89,8 @@ def make_settings(
         device=device.split(":")[0].replace("auto", "cuda"),
         batch_size=args.batch_size,
     )
+    models.check_kernels(info, settings)
+    return settings
 
 
 def environment() -> dict:
