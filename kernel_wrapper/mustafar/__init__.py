@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from mustafar import ops, pruning, reference
     from mustafar.attention import register
     from mustafar.cache import MustafarCache
-    from mustafar.decoding import Decoder, Sampling, StopAtMaxLength
+    from mustafar.decoding import Decoder, StopAtMaxLength
     from mustafar.room import CacheDoesNotFit
+    from mustafar.sampling import Sampling
 
 __all__ = [
     "CacheDoesNotFit",
@@ -39,7 +40,7 @@ _FOUND_IN = {
     "CacheDoesNotFit": "mustafar.room",
     "Decoder": "mustafar.decoding",
     "MustafarCache": "mustafar.cache",
-    "Sampling": "mustafar.decoding",
+    "Sampling": "mustafar.sampling",
     "StopAtMaxLength": "mustafar.decoding",
     "register": "mustafar.attention",
 }

@@ -16,6 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from mustafar.layer import CompressedKV, MustafarLayer
 from mustafar.static import StaticMustafarLayer
+from mustafar.static_dense import StaticDenseLayer
 
 NAME = "mustafar"
 
@@ -85,7 +86,7 @@ def mustafar_attention(
             f"decoding on the compressed cache takes no dropout, got {dropout}: call model.eval()"
         )
     layer = key.layer
-    if isinstance(layer, StaticMustafarLayer):
+    if isinstance(layer, (StaticMustafarLayer, StaticDenseLayer)):
         starts = _static_starts(attention_mask, query.shape[0], layer)
         output = layer.attend(query[:, :, 0].contiguous(), starts, scaling, sliding_window or 0)
         return output.unsqueeze(1), None

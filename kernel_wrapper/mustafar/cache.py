@@ -11,14 +11,16 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from mustafar import attention
 from mustafar.counters import Counters
-from mustafar.format import MAX_HEAD_DIM
+from mustafar.format import MAX_HEAD_DIM, SLICE_TOKENS
 from mustafar.layer import Lengths, MustafarLayer
 from mustafar.parallel import check_tensor_parallel, tensor_parallel_ranks
 from mustafar.pruning import RULES, Pruning, get_rule
 from mustafar.settings import BackendChoice, CacheSettings
 from mustafar.static import StaticMustafarLayer
+from mustafar.static_dense import DenseState, StaticDenseLayer, prune_when_due
 
 BACKENDS = ("kernel", "simulate", "auto")
+STATIC_LAYERS = (StaticMustafarLayer, StaticDenseLayer)
 
 
 class MustafarCache(Cache):
@@ -64,12 +66,14 @@ class MustafarCache(Cache):
         "simulate" prunes the same values at the same times and returns dense tensors: it saves no memory and
         works with any attention implementation, which it leaves as it is unless a rule observes queries.
         "auto" is for speed: the first prompt (its first chunk, if prefill is chunked) decides between the two
-        for all layers, by what was measured on its GPU (`mustafar.crossover`); `cache.backend` says which.
+        for all layers, by what was measured on its GPU (`mustafar.crossover`); `cache.backend` says which. A
+        static one is decided by `mustafar.Decoder`, which captures and times a step of each at its first prompt
+        (`mustafar.choosing`), for all prompts that follow; elsewhere it is "kernel".
     static : bool
         Take the memory for `max_length` tokens at once, and decode without the host: a step can then be
-        captured in a CUDA graph, by `generate`, which compiles it, or by `mustafar.decoding`. Same tokens. Kernel
-        backend, Kt_Mag and Vt_Mag or Vt_Opt, models whose layers are all of one kind; greedy search, sampling
-        and beam search, one batch size. `reset()` makes it ready for the next prompt.
+        captured in a CUDA graph, by `generate`, which compiles it, or by `mustafar.decoding`. Same tokens.
+        Backend "kernel" or "auto", Kt_Mag and Vt_Mag or Vt_Opt, models whose layers are all of one kind; greedy
+        search, sampling and beam search, one batch size. `reset()` makes it ready for the next prompt.
     max_length : int, optional
         Of a static cache: tokens of prompt and answer together.
     offloading : bool
@@ -149,6 +153,8 @@ class MustafarCache(Cache):
     @property
     def backend(self) -> str:
         """ "kernel" or "simulate", the same for all layers; "auto" before the prompt that decides."""
+        if self.is_static and self.layers[0].is_initialized and self.choice.made == "auto":
+            return "kernel"  # nobody decided before the first tokens
         return self.choice.made
 
     @property
@@ -159,9 +165,43 @@ class MustafarCache(Cache):
         """Let an empty static cache take single tokens as decoded ones, not as prompts: for capturing a step
         before there is a prompt. `reset()` ends it."""
         for layer in self.layers:
-            if not (isinstance(layer, StaticMustafarLayer) and layer.is_initialized):
+            if not (isinstance(layer, STATIC_LAYERS) and layer.is_initialized):
                 raise RuntimeError("expect_decoding is for a static cache that has seen a token")
             layer.filled = True
+            if isinstance(layer, StaticDenseLayer):
+                layer.state.capturing = True
+
+    def settle(self, backend: str) -> None:
+        """Decide for a static cache with backend="auto": "kernel" or "simulate". Its memory and tokens are gone."""
+        if not self.is_static or self.settings.backend != "auto" or backend not in ("kernel", "simulate"):
+            raise ValueError('settle is for MustafarCache(..., static=True, backend="auto")')
+        self.choice.made = backend
+        count, state, shared = len(self.layers), DenseState(), {}
+        self.layers = []
+        for index in range(count):
+            self.layers.append(
+                StaticDenseLayer(self.settings, index, self.max_length, state, count)
+                if backend == "simulate"
+                else StaticMustafarLayer(
+                    self.settings, index, self.max_length, self.choice.group, shared, count
+                )
+            )
+
+    def before_step(self) -> None:
+        """To be called before every captured step: a dense static cache is pruned here, when it is time."""
+        if self.is_static and isinstance(self.layers[0], StaticDenseLayer):
+            prune_when_due(self.layers)
+
+    def pretend(self, tokens: int) -> None:
+        """Let a static cache that has its memory hold so many tokens of zeros, to time a step."""
+        pruned = max(0, tokens - self.settings.residual_length)
+        packed = pruned - pruned % SLICE_TOKENS
+        for layer in self.layers:
+            layer.filled = True
+            if isinstance(layer, StaticDenseLayer) and layer.leads:
+                layer.state.put(tokens, self.settings.residual_length)
+            elif isinstance(layer, StaticMustafarLayer) and layer.leads:
+                layer.counters.put(packed, tokens - packed, pruned)
 
     def memory(self) -> dict[str, int]:
         """Bytes held by the pruned layers, keys and values together.
@@ -176,7 +216,7 @@ class MustafarCache(Cache):
         names = ("compressed_bytes", "window_bytes", "dense_equivalent_bytes", "allocated_bytes")
         total = dict.fromkeys(names, 0)
         for layer in self.layers:
-            for sizes in layer.nbytes() if isinstance(layer, (MustafarLayer, StaticMustafarLayer)) else ():
+            for sizes in layer.nbytes() if isinstance(layer, (MustafarLayer, *STATIC_LAYERS)) else ():
                 for name, size in sizes.items():
                     total[name] += size
         return total
@@ -214,9 +254,9 @@ def _make_layers(config: PreTrainedConfig, choice: BackendChoice, max_length: in
 
 
 def _check_static(settings: CacheSettings, max_length: int | None) -> int:
-    if settings.backend != "kernel":
+    if settings.backend == "simulate":
         raise ValueError(
-            f'static=True is for backend="kernel", got {settings.backend!r}: a simulated cache is dense and grows'
+            'static=True is for backend="kernel" or "auto", got "simulate": a simulated cache is dense and grows'
         )
     for rule in (settings.keys.rule, settings.values.rule):
         if not rule.fused:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,56 +23,14 @@ from transformers import PreTrainedModel, StaticCache, StoppingCriteria
 from transformers.cache_utils import Cache, StaticLayer
 
 from mustafar.cache import MustafarCache
+from mustafar.choosing import choose_backend
 from mustafar.fusion import fused
 from mustafar.merging import lay_together
 from mustafar.prefill import mlp_in_pieces
+from mustafar.sampling import Sampling, largest
 
 WARM_UP_STEPS = 3
 CHECK_EVERY = 16  # steps between questions to the device whether all sequences have ended
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to draw tokens; with the same seed a decoder draws the same, captured or not.
-
-    Attributes
-    ----------
-    temperature : float
-        Of the softmax, above 0.
-    top_k : int
-        Only the `top_k` most likely tokens; 0 for all.
-    top_p : float
-        Only the most likely tokens that together reach this probability; 1 for all.
-    seed : int
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature!r}; for greedy search leave sampling out"
-            )
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k is a number of tokens, 0 for all, got {self.top_k!r}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
-
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Log probabilities, up to a constant, of what may be drawn; -inf elsewhere."""
-        scores = logits.float() / self.temperature
-        if 0 < self.top_k < scores.shape[-1]:
-            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        if self.top_p < 1:
-            ordered, order = scores.sort(dim=-1, descending=True)
-            likely = ordered.softmax(-1)
-            out = likely.cumsum(-1) - likely >= self.top_p  # what comes before reaches top_p already
-            scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
-        return scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +194,7 @@ class Decoder:
                 "cache with a larger max_length"
             )
         input_ids = input_ids.to(self.device)
-        self.capture()
+        self.capture(prompt)
         starts, mask = self._padding(input_ids, attention_mask)
         self.start_at(prompt, starts)
         positions = (torch.arange(prompt, device=self.device) - starts[:, None]).clamp(min=0)
@@ -245,6 +202,7 @@ class Decoder:
             logits = self._forward(input_ids, positions, mask)
         if self.noise is not None:
             self.generator.manual_seed(self.sampling.seed)
+            self.noise.exponential_(generator=self.generator)
         self._choose(logits)
 
     def start_at(self, tokens: int, starts: torch.Tensor) -> None:
@@ -260,14 +218,20 @@ class Decoder:
         """One more token for every sequence, behind the others in `tokens`. Does not wait for the device."""
         if self.noise is not None:
             self.noise.exponential_(generator=self.generator)
+        if isinstance(self.cache, MustafarCache):
+            self.cache.before_step()
         if self.graph is not None:
             self.graph.replay()
         else:
             self._step()
 
     @torch.no_grad()
-    def capture(self) -> None:
-        """Take all memory and capture the step, once; before a prompt, as it is tried on an empty cache."""
+    def capture(self, prompt: int | None = None) -> None:
+        """Take all memory and capture the step, once; before a prompt, as it is tried on an empty cache.
+
+        A cache with backend="auto" decides here for prompts of `prompt` tokens; None is half of its room.
+        """
+        choose_backend(self, prompt or self.max_length // 2)
         if self.captures or not self.uses_graph:
             return
         # Whether this step makes use of it or not: weights must not move once a graph has their addresses.
@@ -293,6 +257,10 @@ class Decoder:
         self.graph = graph
         self.captures += 1
         self.cache.reset()
+
+    def forget_step(self) -> None:
+        """Drop the captured step, and the memory that it holds."""
+        self.graph, self.captures = None, 0
 
     def _warm_up(self) -> None:
         """Some steps on an empty cache, on a stream of their own, as a capture wants it."""
@@ -362,17 +330,6 @@ class Decoder:
                 "tokenizer's attention_mask"
             )
         return (~seen).sum(1), mask
-
-
-def largest(scores: torch.Tensor) -> torch.Tensor:
-    """``scores.argmax(-1)`` of [B, vocabulary], in two steps: a GPU gives few rows to few of its processors."""
-    batch, vocabulary = scores.shape
-    pieces = math.gcd(vocabulary, 256)
-    if pieces < 16 or vocabulary < 8192:
-        return scores.argmax(-1)
-    values, places = scores.view(batch, pieces, -1).max(-1)
-    piece = values.argmax(-1, keepdim=True)
-    return (places.gather(1, piece) + piece * (vocabulary // pieces))[:, 0]
 
 
 def _check_cache(cache: Any) -> int:

@@ -156,8 +156,3 @@ def test_general_layout_was_not_measured(monkeypatch) -> None:
         cache = cache_for(model, "auto", v_rule=rule)
         generate(model, prompts(1, 60), cache, new=3)
         assert cache.backend == expected
-
-
-def test_static_is_for_the_kernels() -> None:
-    with pytest.raises(ValueError, match="for backend=\"kernel\", got 'auto'"):
-        cache_for(tiny("llama"), "auto", static=True, max_length=100)

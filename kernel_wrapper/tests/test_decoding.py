@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mustafar import Decoder, Sampling
-from mustafar.decoding import largest
 from mustafar.fusion import fused
 from mustafar.prefill import mlp_in_pieces
+from mustafar.sampling import largest
 from tiny_models import cache_for, generate, one_thread, padded_prompts, prompts, tiny
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -86,6 +86,12 @@ def test_sampling() -> None:
     ]
     same, again, other, greedy, nucleus = (run.new_tokens for run in runs)
     assert torch.equal(same, again) and not torch.equal(same, other)
+    decoder = Decoder(model, _static(model, "mustafar"), 2, sampling=Sampling(temperature=1.3, seed=1))
+    for _ in range(2):  # what an earlier prompt drew does not matter
+        assert torch.equal(decoder.generate(ids, max_new_tokens=30).new_tokens, same)
+    firsts = {int(Decoder(model, _static(model, "mustafar"), 2, sampling=Sampling(2.0, seed=seed)).generate(
+        ids, max_new_tokens=1).new_tokens[0]) for seed in range(6)}  # fmt: skip
+    assert len(firsts) > 1, "the first token is drawn too"
     expected = _expected(model, "mustafar", ids, new=30)[:, 50:]
     assert torch.equal(greedy, expected) and torch.equal(nucleus, expected)
 
