@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,22 @@ def test_tables_of_several_runs_become_one(tmp_path, capsys) -> None:
         with pytest.raises(SystemExit):
             report.main([str(tmp_path / name)])
         assert said in capsys.readouterr().err
+
+
+def test_auto_says_what_it_chose(tmp_path) -> None:
+    arguments = (
+        "--model tiny --context 200 --batch 1 --quick --device cpu --no_plots --modes mustafar-auto-0.7"
+    )
+    assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    rows = report.read_csv(tmp_path / "mem_spd.csv")
+    assert [(row["section"], row["mode"]) for row in rows] == [
+        ("steps", "mustafar-auto-0.7 (kernel)"),
+        ("generation", "mustafar-auto-0.7 (kernel)"),
+    ]
+    assert rows[1]["kv_bytes"] == rows[1]["kv_formula"]
+    auto = parse("mustafar-auto-0.7")
+    dense = auto.settled(SimpleNamespace(backend="simulate"))
+    assert (dense.name, dense.sparsity, dense.loop) == ("mustafar-auto-0.7 (simulate)", None, "decoder")
 
 
 def test_json(tmp_path, capsys) -> None:

@@ -146,6 +146,25 @@ def test_what_was_timed() -> None:
     assert choosing.choose_backend(decoder, 10) == {}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["kernel", "simulate", None])
+def test_captured_on_a_gpu(backend: str | None) -> None:
+    """Both forms, and whichever is chosen. In half precision they round differently: the first tokens must agree."""
+    model = tiny("llama").half().cuda()
+    ids, mask = (x.cuda() for x in padded_prompts(3, 90, 20))
+    plain = Decoder(model, cache_for(model, "kernel", static=True, max_length=250, **SHORT), 3, graph=False)
+    expected = plain.generate(ids, mask, 60).sequences
+    cache = _auto(model)
+    if backend:
+        cache.settle(backend)
+    decoder = Decoder(model, cache, 3, fuse=False)
+    first, again = (decoder.generate(ids, mask, 60).sequences for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(first[:, : 90 + 8], expected[:, : 90 + 8])
+    assert cache.backend == backend if backend else cache.backend in ("kernel", "simulate")
+    assert decoder.captures == 1
+
+
 def test_refused() -> None:
     model, ids = tiny("llama"), prompts(2, 30)
     cache = _auto(model, 40)

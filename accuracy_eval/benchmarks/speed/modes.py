@@ -17,6 +17,7 @@ LOOPS = {
     "dense-cudnn": "decoder",
     "dense-compiled": "compiled",
     "mustafar": "decoder",
+    "mustafar-auto": "decoder",
     "mustafar-dynamic": "generate",
     "mustafar-compiled": "compiled",
 }
@@ -28,6 +29,7 @@ dense-cudnn         cuDNN's attention, in the same captured loop; it takes its l
                     captured at one length, that of the middle of the others' steps: steps and largest batch only
 dense-compiled      transformers' generate with its StaticCache, compiled by itself
 mustafar-<s>        pruned to sparsity <s>, in the same captured loop (mustafar-0.7)
+mustafar-auto-<s>   the same with backend="auto"; rows say which it chose
 mustafar-dynamic-<s>, mustafar-compiled-<s>   pruned, in transformers' generate"""
 
 
@@ -49,6 +51,14 @@ class Mode:
         """Whether all steps are the same one, at one length, so that no text can be decoded."""
         return self.kind == "dense-cudnn"
 
+    def settled(self, cache: Any) -> Mode:
+        """What an "auto" mode became: by name, and by the bytes that it takes. Others are themselves."""
+        if self.kind != "mustafar-auto":
+            return self
+        name = f"{self.name} ({cache.backend})"
+        dense = cache.backend == "simulate"
+        return Mode(name, "dense-flash", None) if dense else Mode(name, "mustafar", self.sparsity)
+
     def make_cache(self, model: Any, max_length: int) -> Any:
         """An empty cache with room for `max_length` tokens. Sets the model's attention."""
         import mustafar
@@ -56,7 +66,8 @@ class Mode:
 
         if self.sparsity is not None:
             room = {} if self.kind == "mustafar-dynamic" else {"static": True, "max_length": max_length}
-            return mustafar.MustafarCache(model.config, self.sparsity, self.sparsity, **room)
+            backend = "auto" if self.kind == "mustafar-auto" else "kernel"
+            return mustafar.MustafarCache(model.config, self.sparsity, self.sparsity, backend=backend, **room)
         model.set_attn_implementation("sdpa")
         if self.kind == "dense-flash":
             return flash_cache(model.config, max_length)
