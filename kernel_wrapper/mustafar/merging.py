@@ -18,6 +18,8 @@ from torch import nn
 #: Parts of a module that transformers' decoders call one after the other with the same input.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+MOST_LEFT = 1 << 30  # bytes of places that weights have left, before the allocator gives them back
+
 
 def lay_together(model: nn.Module) -> int:
     """Give the weights of each group in `model` one piece of memory, layer by layer; returns how many groups have it.
@@ -26,10 +28,19 @@ def lay_together(model: nn.Module) -> int:
     second time. Parts that are more than plain linear layers (quantised, divided among ranks, with adapters or
     hooks) stay as they are, and so does a group for whose copy there is no memory.
     """
-    together = 0
+    together = moved = 0
     for module, names in _groups(model):
         linears = [getattr(module, name) for name in names]
-        together += _lay(linears)
+        if not _lie_together([linear.weight for linear in linears]):
+            if not _lay(linears):
+                continue
+            moved += sum(linear.weight.nbytes for linear in linears)
+        together += 1
+        if moved > MOST_LEFT:
+            torch.cuda.empty_cache()  # nobody else wants pieces of these sizes
+            moved = 0
+    if moved:
+        torch.cuda.empty_cache()
     return together
 
 
@@ -111,8 +122,6 @@ def _kind(linear: nn.Linear) -> tuple:
 @torch.no_grad()
 def _lay(linears: Sequence[nn.Linear]) -> bool:
     weights = [linear.weight for linear in linears]
-    if _lie_together(weights):
-        return True
     try:
         whole = torch.cat(weights)
     except torch.OutOfMemoryError:
