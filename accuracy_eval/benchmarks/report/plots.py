@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from ..shared.figures import save_figure
@@ -13,6 +14,9 @@ MARKERS = "osD^vP*X<>"
 #: Up to so many runs stand as bars side by side.
 _SIDE_BY_SIDE = 5
 _ERROR_LINES = {"linewidth": 0.8, "capthick": 0.8, "ecolor": "black"}
+_LINES = ("-", "--", ":", "-.")
+#: Inches that a character takes, at the most usual, at font sizes 8 and 10.
+_SMALL, _TITLE = 0.068, 0.083
 
 
 def family(run: Run) -> str:
@@ -35,17 +39,22 @@ def _figure(width: float, height: float, **options: object):
     return pyplot, figure, axes
 
 
+def _wrapped(title: str, width: float) -> str:
+    """A title in lines that a figure so many inches wide has room for."""
+    return textwrap.fill(title, max(16, int((width - 0.3) / _TITLE)))
+
+
 def _error(found: list[Estimate]) -> list[list[float]]:
     return [[max(0.0, e.score - e.low) for e in found], [max(0.0, e.high - e.score) for e in found]]
 
 
 def accuracy_by_size(report: Report, title: str, path: Path) -> None:
     """Average score with its interval against the measured bytes of the cache; a line for each family of rules."""
-    pyplot, figure, axes = _figure(9.4, 5)
     families: dict[str, list[Run]] = {}
     for run in report.runs:
         if run.kv_share is not None and not run.is_dense:
             families.setdefault(family(run), []).append(run)
+    pyplot, figure, axes = _figure(9.4, max(5.0, 0.4 + 0.18 * (len(families) + 1)))
     colours = pyplot.get_cmap("tab10")
     base = report.base and score(report.base, report.names)
     if base:
@@ -59,10 +68,16 @@ def accuracy_by_size(report: Report, title: str, path: Path) -> None:
         runs = sorted(runs, key=lambda run: -run.kv_share)
         found = [score(run, report.names) for run in runs]
         shares = [100 * run.kv_share + _aside(run, families) for run in runs]
-        style = {"color": colours(number % 10), "linewidth": 1.2}
+        # The eleventh has the first's colour with another marker and line.
+        style = {
+            "color": colours(number % 10),
+            "linewidth": 1.2,
+            "linestyle": _LINES[number // 10 % len(_LINES)],
+        }
+        marker = MARKERS[(number + number // 10 + 1) % len(MARKERS)]
         axes.errorbar(
             shares, [e.score for e in found], yerr=_error(found), label=name, capsize=3,
-            marker=MARKERS[(number + 1) % len(MARKERS)], markersize=5, **style,
+            marker=marker, markersize=5, **style,
         )  # fmt: skip
         if base:
             axes.plot([100, shares[0]], [base.score, found[0].score], alpha=0.35, zorder=1, **style)
@@ -76,7 +91,9 @@ def accuracy_by_size(report: Report, title: str, path: Path) -> None:
     axes.set_ylabel(
         f"average score of {count} data sets (%)" if count > 1 else f"score of {report.names[0]} (%)"
     )
-    axes.set_title(f"{title}: accuracy by measured size of the cache, 95 % intervals", fontsize=10)
+    axes.set_title(
+        _wrapped(f"{title}: accuracy by measured size of the cache, 95 % intervals", 7.4), fontsize=10
+    )
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -101,14 +118,16 @@ def by_task(report: Report, title: str, path: Path) -> None:
             columns[AVERAGE] = report.names
     draw = _grouped_bars if len(report.runs) <= _SIDE_BY_SIDE else _panels
     pyplot, figure = draw(report, columns)
-    figure.suptitle(f"{title}: scores with 95 % intervals", fontsize=10)
+    figure.suptitle(_wrapped(f"{title}: scores with 95 % intervals", figure.get_figwidth()), fontsize=10)
     save_figure(figure, path)
     pyplot.close(figure)
 
 
 def _grouped_bars(report: Report, columns: dict[str, list[str]]):
     runs = report.runs
-    pyplot, figure, axes = _figure(max(6.0, 1.6 + (0.5 + 0.16 * len(runs)) * len(columns)), 4.6)
+    entry = 0.6 + _SMALL * max(len(run.label) for run in runs)  # of the legend
+    full = max(6.0, 1.6 + (0.5 + 0.16 * len(runs)) * len(columns), entry)
+    pyplot, figure, axes = _figure(full, 4.6)
     width = 0.86 / len(runs)
     for i, run in enumerate(runs):
         found = [score(run, names) for names in columns.values()]
@@ -128,13 +147,15 @@ def _grouped_bars(report: Report, columns: dict[str, list[str]]):
     axes.set_xlim(-0.55, len(columns) - 0.45)
     axes.set_ylabel("score (%)")
     axes.set_ylim(0, 102)
-    figure.legend(loc="outside lower center", ncols=len(runs), frameon=False, fontsize=8)
+    across = min(len(runs), max(1, int(full / entry)))
+    figure.legend(loc="outside lower center", ncols=across, frameon=False, fontsize=8)
     return pyplot, figure
 
 
 def _panels(report: Report, columns: dict[str, list[str]]):
     runs = report.runs
-    size = (2.2 + 1.35 * len(columns), 1.3 + 0.24 * len(runs))
+    names = 0.3 + _SMALL * max(len(run.label) for run in runs)
+    size = (names + 1.5 * len(columns), 1.3 + 0.24 * len(runs))
     pyplot, figure, grid = _figure(*size, ncols=len(columns), sharey=True, squeeze=False)
     colours = [_colour(report, i) for i in range(len(runs))]
     for axes, (name, names) in zip(grid[0], columns.items(), strict=True):
@@ -150,7 +171,7 @@ def _panels(report: Report, columns: dict[str, list[str]]):
         axes.set_xticks([0, 50, 100])
         axes.tick_params(labelsize=8)
     grid[0, 0].set_yticks(range(len(runs)), [run.label for run in runs])
-    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_ylim(len(runs) - 0.4, -0.6)  # the first run at the top
     figure.supxlabel("score (%)", fontsize=9)
     return pyplot, figure
 
