@@ -75,6 +75,26 @@ def test_a_dense_run(run, model, data_dir):
     assert config["environment"]["torch"]
 
 
+def test_the_environment_is_that_of_the_run_that_predicted(run, monkeypatch):
+    found = {}
+
+    def predict(gpu, date, *arguments):
+        now = {"date": date, "torch": "2", "gpu": gpu}
+        monkeypatch.setattr("benchmarks.shared.run.environment", lambda: now)
+        assert run("0", "0", "dense", *arguments)[0] == 0
+        found.update(json.loads((run.out / "pred" / DENSE / "config.json").read_text())["environment"])
+        return now
+
+    first = predict("one", "1", "--limit", "2")
+    assert found == first
+    predict("another", "2", "--limit", "2")  # every row is there
+    assert found == first
+    predict("one", "3", "--limit", "4")  # rows more, the same GPU
+    assert found == first
+    last = predict("another", "4")
+    assert found == last | {"earlier": [first]}
+
+
 def test_predictions_are_greedy_ones_of_the_model(run, model):
     import torch
     from transformers import AutoModelForCausalLM

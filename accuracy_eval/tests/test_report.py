@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 
 import numpy as np
 import pytest
-from benchmarks.report import command, intervals
+from benchmarks.report import command, intervals, plots
 from benchmarks.report.runs import Run, read_run
 from benchmarks.report.write import make_report, title_of, write_report
 from longbench_helpers import write_jsonl
+from matplotlib.text import Text
 
 CONFIG = {
     "benchmark": "longbench", "model": "/models/tiny", "model_fingerprint": "f", "max_length": 512,
@@ -89,6 +91,86 @@ def test_averages_are_of_groups_and_of_all_data_sets(two, tmp_path):
     assert cells[2][5:] == ["", ""] and cells[3][6].startswith("66.7 [")
     for name in ("accuracy_by_size.png", "by_task.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_says_what_it_was_predicted_with(tmp_path):
+    def run(name, gpu, *dates, **config):
+        first, *rest = [{"date": f"{date}T10:00:00+00:00", "torch": "2.11.0", "gpu": gpu} for date in dates]
+        environment = first | ({"earlier": rest} if rest else {})
+        return make_run(
+            tmp_path / name, {"qasper": bits("10")}, environment=environment, device="cuda", **config
+        )
+
+    one = [run("a", "GPU 1", "2026-11-20", **DENSE), run("b", "GPU 1", "2026-11-21", "2026-11-18")]
+    write_report(make_report(one), tmp_path / "one")
+    assert (
+        "Predicted with GPU 1, torch 2.11.0, 2026-11-18 to 2026-11-21.\n"
+        in (tmp_path / "one/table.md").read_text()
+    )
+    other = run("c", "GPU 2", "2026-11-22", k_sparsity=0.7)
+    write_report(make_report([*one, other]), tmp_path / "two")
+    assert "2026-11-21; GPU 2, torch 2.11.0, 2026-11-22.\n" in (tmp_path / "two/table.md").read_text()
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 24])
+def test_plots_leave_no_text_outside_or_over_another(tmp_path, monkeypatch, count):
+    """Long labels, a long name of the model, all families of rules: legends, ticks and titles stay in the picture."""
+    rules = list(
+        itertools.product(("Kt_Mag", "Kt_Opt", "ThinK", None), ("Vt_Mag", "Vc_Mag", "Vc_Opt", "ThinV", None))
+    )
+    folders, labels = [make_run(tmp_path / "dense", {"qasper": bits("1101")}, **DENSE)], ["Dense"]
+    for number, (k_rule, v_rule) in zip(range(1, count), itertools.cycle(rules[:-1])):
+        pruned = {
+            "k_rule": k_rule,
+            "v_rule": v_rule,
+            "k_sparsity": 0.5 if k_rule else 0,
+            "v_sparsity": 0.5 if v_rule else 0,
+        }
+        folders.append(make_run(tmp_path / str(number), {"qasper": bits("1001")}, **pruned))
+        labels.append(f"{number}: K and V at 0.5, per channel, output-aware, both")
+    figures = []
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, path: figures.append(figure) or figure.draw_without_rendering()
+    )
+    report = make_report(folders, labels)
+    for draw in (plots.accuracy_by_size, plots.by_task):
+        draw(report, "Meta-Llama-3.1-70B-Instruct-of-a-long-name, LongBench format", tmp_path / "x.png")
+    for figure in figures:
+        whole = figure.bbox
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+        for text, box in boxes:
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= whole.x1 + 1 and box.y1 <= whole.y1 + 1, text
+        for (one, a), (two, b) in itertools.combinations(boxes, 2):
+            width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert width < 2 or height < 2, (one, two)
+
+
+def texts_of(figure) -> list[Text]:
+    """The texts that are drawn: an axis has labels of ticks beyond its ends, which are not."""
+    beyond = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks():
+                if not low - 1e-9 <= tick.get_loc() <= high + 1e-9:
+                    beyond |= {tick.label1, tick.label2}
+    return [t for t in figure.findobj(Text) if t.get_text() and t.get_visible() and t not in beyond]
+
+
+def test_many_families_have_styles_of_their_own(tmp_path, monkeypatch):
+    folders = [make_run(tmp_path / "dense", {"qasper": bits("11")}, **DENSE)]
+    for number, (k_rule, v_rule) in enumerate(itertools.product("abcd", "efgh")):
+        pruned = {"k_rule": k_rule, "v_rule": v_rule, "v_sparsity": 0.5}
+        folders.append(make_run(tmp_path / str(number), {"qasper": bits("10")}, **pruned))
+    styles = []
+
+    def note(figure, path):
+        for drawn in figure.axes[0].containers:
+            styles.append((drawn[0].get_color(), drawn[0].get_marker(), drawn[0].get_linestyle()))
+
+    monkeypatch.setattr(plots, "save_figure", note)
+    plots.accuracy_by_size(make_report(folders), "many", tmp_path / "x.png")
+    assert len(styles) == 17 == len(set(styles))
 
 
 def test_many_runs_are_plotted(tmp_path):

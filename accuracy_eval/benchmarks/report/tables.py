@@ -62,7 +62,15 @@ def markdown(report: Report, title: str) -> str:
         facts.insert(1, f"prompts up to {config['max_length']} tokens")
     if pruned:
         facts.append(f"dense window {pruned['residual_length']}")
-    parts = [f"# {title}", "", f"Scores in %, {', '.join(facts)}.", "", _by_group(report), ""]
+    made = [f"Predicted with {'; '.join(environments(report))}."] if environments(report) else []
+    parts = [
+        f"# {title}",
+        "",
+        " ".join([f"Scores in %, {', '.join(facts)}.", *made]),
+        "",
+        _by_group(report),
+        "",
+    ]
     notes = ["KV bytes: what the cache held of a dense one's bytes, window included, measured on these rows."]
     if report.base:
         notes.append(
@@ -77,6 +85,23 @@ def markdown(report: Report, title: str) -> str:
     )
     parts += [f"Intervals are {intervals}; differences are of matched pairs (Agresti and Min).", ""]
     return "\n".join(parts)
+
+
+def environments(report: Report) -> list[str]:
+    """What the rows were predicted with, GPU, versions and days: one text if it was the same for all."""
+    days: dict[str, set[str]] = {}
+    for run in report.runs:
+        found = run.config.get("environment") or {}
+        for one in (found, *found.get("earlier", [])):
+            device = one.get("gpu") if run.config["device"] == "cuda" else "a CPU"
+            versions = [
+                f"{name} {one[name]}" for name in ("torch", "transformers", "mustafar") if one.get(name)
+            ]
+            if one.get("date"):
+                days.setdefault(", ".join([device or "a GPU", *versions]), set()).add(one["date"][:10])
+    return [
+        f"{what}, {min(when)}" + (f" to {max(when)}" if len(when) > 1 else "") for what, when in days.items()
+    ]
 
 
 def _by_group(report: Report) -> str:

@@ -104,7 +104,9 @@ class RunFolder:
             Name -> {"rows", "expected", "sha256", "task"}; a data set that is there already must have the
             same data and task.
         environment
-            Versions and device of this run; kept for the reader, not compared.
+            Versions and device of this run; kept for the reader, not compared. A run that finds every row
+            there leaves the environment that made them; one that adds rows keeps what others were made in
+            under "earlier".
         """
         known = dict(self.config.get("datasets", {}))
         for name, entry in datasets.items():
@@ -115,8 +117,23 @@ class RunFolder:
                 )
                 entry = entry | {"expected": max(entry["expected"], known[name].get("expected", 0))}
             known[name] = entry
+        environment = self._environment(environment, known)
         self.config = {**self.identity, "datasets": known, "environment": environment}
         replace_file(self.path / CONFIG, json.dumps(self.config, ensure_ascii=False, indent=2) + "\n")
+
+    def _environment(self, now: dict, datasets: dict[str, dict]) -> dict:
+        """What the rows that are there, and those that this run will add, are made in."""
+        before = self.config.get("environment")
+        done = {name: len(self.done(name)) for name in datasets} if before else {}
+        if not any(done.values()):
+            return now
+        if all(done[name] >= entry["expected"] for name, entry in datasets.items()):
+            return before
+        others = [{key: before[key] for key in before if key != "earlier"}, *before.get("earlier", [])]
+        earlier = [other for other in others if other | {"date": None} != now | {"date": None}]
+        # Of runs in one environment the first one's date stands.
+        first = min([now, *(other for other in others if other not in earlier)], key=lambda one: one["date"])
+        return first | ({"earlier": earlier} if earlier else {})
 
     def predictions(self, name: str) -> PredictionFile:
         """Open the file that this process adds predictions of one data set to."""
