@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 from benchmarks.shared.errors import UserError
@@ -178,3 +179,55 @@ def test_the_kept_results_are_those_of_the_bundled_plan(results):
         assert (float(line["k_sparsity"]), float(line["v_sparsity"])) == (row.k_sparsity, row.v_sparsity)
         assert row.is_dense or (line["k_rule"], line["v_rule"]) == (row.k_rule, row.v_rule)
         assert line["kind"] != "data set" or int(line["rows"]) >= 500
+
+
+def kept_results(results: str = "h200") -> dict[str, dict[str, dict[str, str]]]:
+    """Configuration -> data set, or Average -> the line of table.csv."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    with (ACCURACY_EVAL / "demo/results" / results / "table.csv").open() as file:
+        for line in csv.DictReader(file):
+            found.setdefault(line["configuration"], {})[line["name"]] = line
+    return found
+
+
+@pytest.mark.parametrize(("readme", "fewest"), [("../README.md", 10), ("demo/README.md", 21)])
+def test_the_readmes_show_the_kept_results(readme, fewest):
+    kept, seen = kept_results(), 0
+    for text in (ACCURACY_EVAL / readme).read_text().splitlines():
+        label, share, *cells = [cell.strip() for cell in text.strip("|").split("|")] + [""]
+        lines = kept.get(label, {})
+        if not lines or not share.endswith(" %"):
+            continue
+        seen += 1
+        average = lines["Average"]
+        numbers = [float(number) for number in re.findall(r"[-+]?[0-9.]+", " ".join([share, *cells]))]
+        expected = [100 * float(average["kv_share"])]
+        expected += [
+            float(line["score"]) for name, line in lines.items() if len(cells) > 4 or name == "Average"
+        ]
+        keys = ("difference", "difference_low", "difference_high", "as_dense")
+        expected += [float(average[key]) for key in keys if average[key]]
+        assert numbers == pytest.approx(expected, abs=0.0501), text
+    assert seen >= fewest
+
+
+def test_the_kept_results_carry_gpu_versions_and_date():
+    for results in ("h200", "h200_stores"):
+        table = (ACCURACY_EVAL / "demo/results" / results / "table.md").read_text()
+        pattern = (
+            r"Predicted with NVIDIA H200, torch [0-9.]+, transformers [0-9.]+, mustafar [0-9.]+, 20[0-9-]+\."
+        )
+        assert re.search(pattern, table)
+
+
+def test_what_the_kept_results_show():
+    """As the READMEs say: 0.5 within a point of dense, whole channels below single elements at equal sparsity."""
+    average = {label: lines["Average"] for label, lines in kept_results().items()}
+    for label in ("K0.5", "V0.5", "K0.5 V0.5", "K0.7", "V0.7", "K0.7 V0.7", "K0.8 V0.8", "K0.9"):
+        low, high = (float(average[label][f"difference_{end}"]) for end in ("low", "high"))
+        assert -1 < low <= high < 1, label
+    for single, channels in (
+        ("V0.7", "ThinV0.7"), ("K0.7 V0.7", "ThinK0.7 ThinV0.7"), ("K0.9", "ThinK0.9"), ("V0.9", "ThinV0.9"),
+    ):  # fmt: skip
+        assert float(average[channels]["difference_high"]) < float(average[single]["difference_low"])
+        assert float(average[channels]["high"]) < float(average[single]["low"])
