@@ -47,7 +47,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=TRAINED, metavar="TASK")
     parser.add_argument("--check_rows", type=int, default=40, help="rows per task of the final check")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cpu" and args.out.resolve() == HERE / "demo-llama":
+        parser.error(
+            "training takes a GPU: in minutes on a CPU little is learnt, and the bundled model would be replaced. "
+            "Give --out to try it nevertheless"
+        )
+    return args
 
 
 def new_model(args: argparse.Namespace, tokenizer) -> LlamaForCausalLM:
