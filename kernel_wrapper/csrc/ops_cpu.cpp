@@ -104,16 +104,19 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k_bitmap, con
 
 void window_advance(const at::Tensor& state, const at::Tensor& lengths, const at::Tensor& total,
                     int64_t residual, int64_t flush_every, int64_t max_length) {
-  cpu::window_advance(window_advance_params(state, lengths, total, residual, flush_every, max_length));
+  const auto p = window_advance_params(state, lengths, total, residual, flush_every, max_length);
+  check_state(p);
+  cpu::window_advance(p);
 }
 
 void window_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_bitmap,
                    const at::Tensor& k_values, const at::Tensor& v_bitmap, const at::Tensor& v_values,
                    const at::Tensor& k_window, const at::Tensor& v_window, const at::Tensor& state,
                    int64_t k_kept, int64_t v_kept) {
-  cpu::window_append(window_append_params(k, v, k_bitmap, k_values, v_bitmap, v_values, k_window, v_window,
-                                          state, k_kept, v_kept),
-                     parallel);
+  const auto p = window_append_params(k, v, k_bitmap, k_values, v_bitmap, v_values, k_window, v_window, state,
+                                      k_kept, v_kept);
+  check_state(p);
+  cpu::window_append(p, parallel);
 }
 
 }  // namespace

@@ -167,6 +167,7 @@ def window_advance(
     max_length : int
         A token beyond it is dropped and counted in ``state[WINDOW_OVERFLOW]``.
     """
+    _check_devices("state", state, lengths=lengths, total=total)
     _ops.window_advance(state, lengths, total, residual, flush_every, max_length)
 
 
@@ -194,6 +195,13 @@ def window_append(
     k_kept, v_kept : int
         Values kept per pruned row, as in `prune_compress`.
     """
+    _check_devices(
+        "k", k, v=v, k_store=k_store.bitmap, v_store=v_store.bitmap, k_window=k_window, v_window=v_window,
+        state=state, **{"k_store.values": k_store.values, "v_store.values": v_store.values},
+    )  # fmt: skip
+    if k_store.offsets is not None or v_store.offsets is not None:
+        wrong = "k_store" if k_store.offsets is not None else "v_store"
+        raise ValueError(f"{wrong}: expected the uniform layout, got the general one")
     _ops.window_append(
         k, v, k_store.bitmap, k_store.values, v_store.bitmap, v_store.values, k_window, v_window, state,
         k_kept, v_kept,
