@@ -47,23 +47,27 @@ struct PairMath {
     MUSTAFAR_INLINE void expand(const BFloat* slots, uint32_t mask) {
       pairs = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(slots));
     }
-    MUSTAFAR_INLINE void part(int, Part* out) const { *out = pairs; }
+    MUSTAFAR_INLINE void expand_in_order(const BFloat* slots, uint32_t mask) {
+      pairs = ordered::expand_words(slots, mask);
+    }
+    template <int>
+    MUSTAFAR_INLINE Part part_in_order() const {
+      return pairs;
+    }
   };
-  static MUSTAFAR_INLINE void load(const BFloat* query, Part* out) { *out = _mm512_loadu_si512(query); }
+  static MUSTAFAR_INLINE Part load(const BFloat* query) { return ordered::load(query); }
   static MUSTAFAR_INLINE void multiply(Part query, Part key, __m512* sum) {
-    *sum = _mm512_dpbf16_ps(*sum, (__m512bh)query, (__m512bh)key);
+    __m512 total = *sum;
+    asm volatile("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(query), "v"(key));
+    *sum = total;
   }
 };
 
 // sum += the products of a pair of weights and pairs of channels of two rows.
 MUSTAFAR_INLINE void add_weighted_pair(const uint32_t* weights, __m512i x, __m512* sum) {
-#if defined(__GNUC__)
   __m512 total = *sum;
   asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(total) : "v"(x), "m"(*weights));
   *sum = total;
-#else
-  *sum = _mm512_dpbf16_ps(*sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(*weights));
-#endif
 }
 
 // Interleaving two rows puts channels 0-3, 8-11, 16-19, 24-27 of a group into one vector of sums and the

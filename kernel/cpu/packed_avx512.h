@@ -1,8 +1,8 @@
 // Products with packed rows in AVX-512 registers: groups of 32 channels are expanded and converted in
 // registers and used for up to 8 query heads, so that no dense row is ever written.
 //
-// Included by the translation units of the AVX-512 levels. A group is expanded one step ahead of its use and
-// converted half a step ahead, so that the products never wait; README.md counts the instructions.
+// Included by the translation units of the AVX-512 levels. A group is expanded and converted among the
+// products before its own, which then need not wait; README.md counts the instructions.
 #pragma once
 
 #include <algorithm>
@@ -10,22 +10,10 @@
 #include <type_traits>
 
 #include "half.h"
+#include "ordered.h"
 #include "rows.h"
 #include "simd.h"
-
-#if defined(__GNUC__)
-#define MUSTAFAR_INLINE inline __attribute__((always_inline))
-#define MUSTAFAR_INLINE_LAMBDA __attribute__((always_inline))
-// Keeps a value in a register of its kind, where compilers would take it from memory or another register
-// again.
-#define MUSTAFAR_IN_VECTOR(x) asm("" : "+v"(x))
-#define MUSTAFAR_IN_GENERAL(x) asm("" : "+r"(x))
-#else
-#define MUSTAFAR_INLINE inline
-#define MUSTAFAR_INLINE_LAMBDA
-#define MUSTAFAR_IN_VECTOR(x)
-#define MUSTAFAR_IN_GENERAL(x)
-#endif
+#include "staged_rows.h"
 
 namespace mustafar::cpu {
 namespace {
@@ -33,98 +21,9 @@ namespace {
 MUSTAFAR_INLINE uint32_t mask_of(const void* bitmap, int group) {
   uint32_t mask;
   std::memcpy(&mask, static_cast<const char*>(bitmap) + group * sizeof(mask), sizeof(mask));
-  MUSTAFAR_IN_GENERAL(mask);
+  asm("" : "+r"(mask));  // else it is loaded again for each use
   return mask;
 }
-
-// A tile of rows, each with its slots in one piece of memory, so that a group can start at any of them.
-template <class T>
-class StagedRows {
- public:
-  static constexpr int kSlots = 4096;
-  // Slots from row to row, whole cache lines. Corrupt widths cannot exceed the piece.
-  static int pitch_of(const PackedRows& in) {
-    return static_cast<int>(std::clamp<int64_t>(round_up(in.width, 64), 64, kMaxHeadDim));
-  }
-
-  // `rows` rows from `first` on, at most kSlots / pitch.
-  StagedRows(const PackedRows& in, int first, int rows, int pitch)
-      : bitmap_(in.bitmap + static_cast<int64_t>(first) * in.words),
-        from_(static_cast<const T*>(in.values) + static_cast<int64_t>(first) * kVectorValues),
-        words_(in.words),
-        width_(static_cast<int>(staged_width(in))),
-        pitch_(pitch),
-        rows_(rows),
-        groups_(in.groups) {
-    while (staged_ < kAhead) stage_four();
-  }
-
-  int rows() const { return rows_; }
-  int groups() const { return groups_; }
-  int words() const { return words_; }
-  int pitch() const { return pitch_; }
-  const uint64_t* bitmap(int r) const { return bitmap_ + static_cast<int64_t>(r) * words_; }
-  const T* slots(int r) const { return slots_ + r * pitch_; }
-
-  // Rows r to r + 3 are next; called with every multiple of 4 in turn. Brings rows that follow, for copies
-  // between the products cost next to nothing.
-  MUSTAFAR_INLINE void use_four(int r) {
-    if (r + kAhead == staged_) stage_four();
-  }
-
-  // Where the next group of channels starts in the slots of row r, for a loop that takes a few groups at a
-  // time.
-  uint16_t& start(int r) { return starts_[r]; }
-
- private:
-  static constexpr int kAhead = 8;
-
-  static MUSTAFAR_INLINE void prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-  }
-
-  MUSTAFAR_INLINE void stage_four() {
-    constexpr int64_t kStep = kSliceTokens * kVectorValues;
-    const int first = staged_, count = std::min(4, rows_ - first);
-    staged_ += 4;
-    if (count <= 0) return;
-    const T* from = from_ + first * kVectorValues;
-    T* to = slots_ + first * pitch_;
-    // The next slice mostly lies behind this one, and waits in a far cache or in memory.
-    prefetch(bitmap_ + (kSliceTokens + first) * words_);
-    for (int64_t slot = 0; slot < width_; slot += kVectorValues) {
-      prefetch(from + (width_ + slot) * kSliceTokens);
-    }
-    int slot = 0;
-    if constexpr (sizeof(T) == 2) {
-      if (count == 4) {  // the vectors of four rows lie side by side: turn 4 x 4 of them
-        for (; slot + 32 <= width_; slot += 32, from += 4 * kStep, to += 32) {
-          const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + kStep);
-          const __m512i c = _mm512_loadu_si512(from + 2 * kStep), d = _mm512_loadu_si512(from + 3 * kStep);
-          const __m512i ab01 = _mm512_shuffle_i64x2(a, b, 0x44), ab23 = _mm512_shuffle_i64x2(a, b, 0xee);
-          const __m512i cd01 = _mm512_shuffle_i64x2(c, d, 0x44), cd23 = _mm512_shuffle_i64x2(c, d, 0xee);
-          _mm512_storeu_si512(to, _mm512_shuffle_i64x2(ab01, cd01, 0x88));
-          _mm512_storeu_si512(to + pitch_, _mm512_shuffle_i64x2(ab01, cd01, 0xdd));
-          _mm512_storeu_si512(to + 2 * pitch_, _mm512_shuffle_i64x2(ab23, cd23, 0x88));
-          _mm512_storeu_si512(to + 3 * pitch_, _mm512_shuffle_i64x2(ab23, cd23, 0xdd));
-        }
-      }
-    }
-    for (; slot < width_; slot += kVectorValues, from += kStep, to += kVectorValues) {
-      for (int r = 0; r < count; ++r) {
-        std::memcpy(to + r * pitch_, from + r * kVectorValues, kVectorValues * sizeof(T));
-      }
-    }
-  }
-
-  const uint64_t* bitmap_;
-  const T* from_;
-  int words_, width_, pitch_, rows_, groups_;
-  int staged_ = 0;
-  uint16_t starts_[kSliceTokens];
-  // A read of 32 slots may start at the last one; rows that do not exist are read under empty masks.
-  alignas(64) T slots_[kSlots + 4 * kMaxHeadDim];
-};
 
 // Products in float32: 32 channels are two parts of 16.
 template <class T>
@@ -139,18 +38,23 @@ struct FloatMath {
     MUSTAFAR_INLINE void expand(const T* slots, uint32_t mask) {
       halves = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(slots));
     }
+    MUSTAFAR_INLINE void expand_in_order(const T* slots, uint32_t mask) {
+      halves = ordered::expand_words(slots, mask);
+    }
     MUSTAFAR_INLINE void part(int i, Part* out) const {
       convert(i == 0 ? _mm512_castsi512_si256(halves) : _mm512_extracti64x4_epi64(halves, 1), T{}, out);
+    }
+    template <int i>
+    MUSTAFAR_INLINE Part part_in_order() const {
+      return ordered::to_float(i == 0 ? _mm512_castsi512_si256(halves) : ordered::high_half(halves), T{});
     }
   };
   static MUSTAFAR_INLINE void convert(__m256i x, Half, Part* out) { *out = _mm512_cvtph_ps(x); }
   static MUSTAFAR_INLINE void convert(__m256i x, BFloat, Part* out) {
     *out = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
-  static MUSTAFAR_INLINE void load(const float* query, Part* out) { *out = _mm512_loadu_ps(query); }
-  static MUSTAFAR_INLINE void multiply(Part query, Part key, __m512* sum) {
-    *sum = _mm512_fmadd_ps(query, key, *sum);
-  }
+  static MUSTAFAR_INLINE Part load(const float* query) { return ordered::load(query); }
+  static MUSTAFAR_INLINE void multiply(Part query, Part key, __m512* sum) { ordered::fma(query, key, sum); }
 };
 template <>
 struct FloatMath<float>::Group {
@@ -160,40 +64,65 @@ struct FloatMath<float>::Group {
     parts[0] = _mm512_maskz_expand_ps(low, _mm512_loadu_ps(slots));
     parts[1] = _mm512_maskz_expand_ps(high, _mm512_loadu_ps(slots + popcount(mask & 0xffff)));
   }
+  MUSTAFAR_INLINE void expand_in_order(const float* slots, uint32_t mask) {
+    parts[0] = ordered::expand_floats(slots, mask & 0xffff);
+    parts[1] = ordered::expand_floats(slots + popcount(mask & 0xffff), mask >> 16);
+  }
   MUSTAFAR_INLINE void part(int i, Part* out) const { *out = parts[i]; }
+  template <int i>
+  MUSTAFAR_INLINE Part part_in_order() const {
+    return parts[i];
+  }
 };
 
-// Block i of four lanes: a0 + a2, b0 + b2, a1 + a3, b1 + b3 of blocks i.
-MUSTAFAR_INLINE __m512 add_pairs(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-}
-// Blocks a0 + a1, a2 + a3, b0 + b1, b2 + b3.
-MUSTAFAR_INLINE __m512 add_blocks(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-
-// Sums of the lanes of N vectors, by adding halves while interleaving.
-template <int N>
-MUSTAFAR_INLINE void sum_lanes(const __m512* acc, float* sums) {
+// Scores of R rows against G heads from the sums of their products, in pieces that go among the products of
+// the rows that follow: at once they would wait for the last products, and the next ones for them.
+template <int R, int G>
+class LaneSums {
+ public:
+  static constexpr int N = R * G, kPieces = N;
   static_assert(N == 4 || N == 8 || N == 16);
-  __m512 quads[N / 4];  // lane 4 i + j of quads[v]: part i of sum 4 v + j
-  for (int v = 0; v < N / 4; ++v) {
-    const __m512d a = _mm512_castps_pd(add_pairs(acc[4 * v], acc[4 * v + 1]));
-    const __m512d b = _mm512_castps_pd(add_pairs(acc[4 * v + 2], acc[4 * v + 3]));
-    quads[v] =
-        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+
+  MUSTAFAR_INLINE LaneSums() {
+    unroll<N>([&](auto i) MUSTAFAR_INLINE_LAMBDA { acc_[i] = _mm512_setzero_ps(); });
   }
-  if constexpr (N == 16) {
-    _mm512_storeu_ps(sums, add_blocks(add_blocks(quads[0], quads[1]), add_blocks(quads[2], quads[3])));
-  } else if constexpr (N == 8) {
-    const __m512 both = add_blocks(quads[0], quads[1]);  // blocks 0 and 1 of quads[0], 2 and 3 of quads[1]
-    const __m512 sum = _mm512_add_ps(both, _mm512_shuffle_f32x4(both, both, 0xb1));
-    _mm256_storeu_ps(sums, _mm512_castps512_ps256(_mm512_shuffle_f32x4(sum, sum, 0x08)));
-  } else {
-    const __m512 both = add_blocks(quads[0], quads[0]);
-    _mm_storeu_ps(sums, _mm512_castps512_ps128(add_blocks(both, both)));
+  MUSTAFAR_INLINE void take(const __m512* acc) {
+    unroll<N>([&](auto i) MUSTAFAR_INLINE_LAMBDA { acc_[i] = acc[i]; });
   }
-}
+
+  // scores[g * ld + r] after the last piece. Halves are added while interleaving.
+  template <int i>
+  MUSTAFAR_INLINE void piece(float* scores, int64_t ld) {
+    if constexpr (i < N / 2) {  // block j of four lanes: parts of a0, b0, a1, b1
+      acc_[i] = ordered::add_interleaved_ps(acc_[2 * i], acc_[2 * i + 1]);
+    } else if constexpr (i < N * 3 / 4) {  // block j: part j of four sums
+      constexpr int v = i - N / 2;
+      acc_[v] = ordered::add_interleaved_pd(acc_[2 * v], acc_[2 * v + 1]);
+    } else if constexpr (i == N * 3 / 4) {  // of 8 sums: blocks 0 and 1 of sums 0 to 3, 2 and 3 of the others
+      acc_[0] = add_blocks(acc_[0], acc_[N == 4 ? 0 : 1]);
+      if constexpr (N == 16) acc_[0] = add_blocks(acc_[0], add_blocks(acc_[2], acc_[3]));
+    }
+    if constexpr (i == N - 1) store(scores, ld);
+  }
+
+ private:
+  // Blocks a0 + a1, a2 + a3, b0 + b1, b2 + b3.
+  static MUSTAFAR_INLINE __m512 add_blocks(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  MUSTAFAR_INLINE void store(float* scores, int64_t ld) const {
+    alignas(64) float sums[16];
+    if constexpr (N == 16) {
+      _mm512_store_ps(sums, acc_[0]);
+    } else {
+      const __m512 sum = _mm512_add_ps(acc_[0], _mm512_shuffle_f32x4(acc_[0], acc_[0], 0xb1));
+      _mm256_store_ps(sums, _mm512_castps512_ps256(_mm512_shuffle_f32x4(sum, sum, 0x08)));
+    }
+    for (int g = 0; g < G; ++g) std::memcpy(scores + g * ld, sums + g * R, R * sizeof(float));
+  }
+
+  __m512 acc_[N];
+};
 
 // R rows at a time, first .. last - 1 in all, against G heads: R * G sums in registers. NG groups of
 // channels, 0 where that is known only now. `bitmap` is that of row `first`.
@@ -201,61 +130,85 @@ template <class Math, int R, int G, int NG>
 MUSTAFAR_INLINE void score_rows(StagedRows<typename Math::Element>& in, int first, int last,
                                 const uint64_t* bitmap, const typename Math::Query* q, float* scores,
                                 int64_t ld) {
+  constexpr int P = Math::kParts, kParts = R * P;
   const int groups = NG != 0 ? NG : in.groups(), words = NG != 0 ? (NG + 1) / 2 : in.words();
   const int64_t pitch = static_cast<int64_t>(groups) * kGroup;
   const typename Math::Element* slots[R];
-  typename Math::Group ahead[R];
-  const auto expand = [&](int group) MUSTAFAR_INLINE_LAMBDA {
-    for (int r = 0; r < R; ++r) {
-      const uint32_t mask = mask_of(bitmap + r * words, group);
-      ahead[r].expand(slots[r], mask);
-      slots[r] += popcount(mask);
-    }
+  typename Math::Group group[R];
+  typename Math::Part now[kParts], next[kParts];
+  const auto expand = [&](auto r, int index) MUSTAFAR_INLINE_LAMBDA {
+    const uint32_t mask = mask_of(bitmap + r * words, index);
+    group[r].expand_in_order(slots[r], mask);
+    slots[r] += popcount(mask);
   };
-  for (int r = 0; r < R; ++r) slots[r] = in.slots(first + r);
-  expand(0);
-  typename Math::Part now[R];
-  for (int r = 0; r < R; ++r) ahead[r].part(0, &now[r]);
+  const auto part = [&](auto i)
+                        MUSTAFAR_INLINE_LAMBDA { next[i] = group[i / P].template part_in_order<i % P>(); };
+  unroll<R>([&](auto r) MUSTAFAR_INLINE_LAMBDA {
+    slots[r] = in.slots(first + r);
+    expand(r, 0);
+  });
+  unroll<kParts>(part);
+  using Sums = LaneSums<R, G>;
+  constexpr bool kLater = NG == 4 && Sums::N <= 8;  // else registers or steps do not suffice
+  Sums sums;
+  const auto finish = [&](float* out) MUSTAFAR_INLINE_LAMBDA {
+    unroll<Sums::kPieces>([&](auto i) MUSTAFAR_INLINE_LAMBDA { sums.template piece<i>(out, ld); });
+  };
+  float* target = scores + first;  // of `sums`; what they hold at first is overwritten
   for (; first < last; first += R) {
     if (first % 4 == 0) in.use_four(first);
     __m512 acc[G * R];
-    for (auto& sum : acc) sum = _mm512_setzero_ps();
-    const auto multiply = [&](const typename Math::Query* query, const typename Math::Part* key)
-                              MUSTAFAR_INLINE_LAMBDA {
-                                for (int g = 0; g < G; ++g) {
-                                  typename Math::Part x;
-                                  Math::load(query + g * pitch, &x);
-                                  MUSTAFAR_IN_VECTOR(x);
-                                  for (int r = 0; r < R; ++r) Math::multiply(x, key[r], &acc[g * R + r]);
-                                }
-                              };
-#pragma GCC unroll 4
-    for (int group = 0; group < groups; ++group) {
-      typename Math::Part second[R];
-      if constexpr (Math::kParts == 2) {
-        for (int r = 0; r < R; ++r) ahead[r].part(1, &second[r]);
+    unroll<G * R>([&](auto i) MUSTAFAR_INLINE_LAMBDA { acc[i] = _mm512_setzero_ps(); });
+    // The products of group `index`. Among them the group that follows is expanded, the pieces from
+    // `first_piece` on of earlier rows' sums are added, and what was expanded is converted.
+    const auto step = [&](int index, auto first_piece, auto pieces) MUSTAFAR_INLINE_LAMBDA {
+      unroll<kParts>([&](auto i) MUSTAFAR_INLINE_LAMBDA { now[i] = next[i]; });
+      int following = index + 1;
+      if (following == groups) {
+        following = 0;
+        const bool more = first + R < last;  // if not, the same again, for nobody
+        if (more) bitmap += R * words;
+        unroll<R>([&](auto r) MUSTAFAR_INLINE_LAMBDA { slots[r] = in.slots(first + (more ? R : 0) + r); });
       }
-      if (group + 1 < groups) {
-        expand(group + 1);
-      } else if (first + R < last) {
-        bitmap += R * words;
-        for (int r = 0; r < R; ++r) slots[r] = in.slots(first + R + r);
-        expand(0);
+      const auto product = [&](auto i) MUSTAFAR_INLINE_LAMBDA {
+        constexpr int p = i / G, g = i % G;
+        const auto query = Math::load(q + g * pitch + index * kGroup + p * (kGroup / P));
+        unroll<R>([&](auto r)
+                      MUSTAFAR_INLINE_LAMBDA { Math::multiply(query, now[r * P + p], &acc[g * R + r]); });
+      };
+      const auto task = [&](auto i) MUSTAFAR_INLINE_LAMBDA {
+        if constexpr (i < R) {
+          expand(i, following);
+        } else if constexpr (i < R + pieces) {
+          sums.template piece<first_piece + i - R>(target, ld);
+        } else {
+          part(std::integral_constant<int, i - R - pieces>{});
+        }
+      };
+      among<G * P, R + pieces + kParts>(product, task);
+    };
+    if constexpr (kLater) {
+      constexpr int kEach = Sums::kPieces / 4;
+      unroll<4>([&](auto i) MUSTAFAR_INLINE_LAMBDA {
+        step(i, std::integral_constant<int, i * kEach>{}, std::integral_constant<int, kEach>{});
+      });
+    } else {
+      for (int index = 0; index < groups; ++index) {
+        step(index, std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
       }
-      multiply(q + group * kGroup, now);
-      for (int r = 0; r < R; ++r) ahead[r].part(0, &now[r]);
-      if constexpr (Math::kParts == 2) multiply(q + group * kGroup + kGroup / 2, second);
     }
-    float sums[R * G];
-    sum_lanes<R * G>(acc, sums);
-    for (int g = 0; g < G; ++g) std::memcpy(scores + g * ld + first, sums + g * R, R * sizeof(float));
+    sums.take(acc);
+    target = scores + first;
+    if constexpr (!kLater) finish(target);
   }
+  if constexpr (kLater) finish(target);
 }
 
+// scores[g * ld + r] of G heads.
 template <class Math, int G, int NG>
 void score_heads(StagedRows<typename Math::Element>& in, const typename Math::Query* q, float* scores,
                  int64_t ld) {
-  constexpr int R = G == 8 ? 2 : 4;
+  constexpr int R = G <= 2 ? 4 : 2;
   const int whole = in.rows() / R * R;
   if (whole > 0) score_rows<Math, R, G, NG>(in, 0, whole, in.bitmap(0), q, scores, ld);
   if (whole == in.rows()) return;
@@ -267,13 +220,9 @@ void score_heads(StagedRows<typename Math::Element>& in, const typename Math::Qu
 // sum += weight * x, broadcast by the instruction itself: compilers prefer one broadcast into a register for
 // all uses, which takes the place of a conversion.
 MUSTAFAR_INLINE void add_weighted(const float* weight, __m512 x, __m512* sum) {
-#if defined(__GNUC__)
   __m512 total = *sum;
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(total) : "v"(x), "m"(*weight));
   *sum = total;
-#else
-  *sum = _mm512_fmadd_ps(_mm512_set1_ps(*weight), x, *sum);
-#endif
 }
 
 // C groups of channels from `group` on, expanded row by row. Used for group 0 first and then on and on, as
