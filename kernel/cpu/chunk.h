@@ -157,12 +157,22 @@ void for_each_chunk(const Plan& plan, int64_t group, int64_t pitch, const Parall
       tokens += plan.chunks[i].end - plan.chunks[i].begin;
     }
   }
+  // Threads take chunks from one queue, fewer and fewer at a time, as they start and go at different speeds.
+  // Of a range only the length is used: it says how many threads there are.
+  std::atomic<int64_t> next{0};
   const auto body = [&](int64_t begin, int64_t end) {
     const ChunkScratch scratch(group, pitch);
-    for (int64_t i = begin; i < end; ++i) {
-      work(i, scratch);
-      // Acquire and release: the last to finish sees what the others wrote.
-      if (left[head_of[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(head_of[i], scratch);
+    const double share = static_cast<double>(end - begin) / static_cast<double>(2 * plan.count());
+    for (int64_t first = next.load(); first < plan.count();) {
+      const int64_t left_over = plan.count() - first;
+      const int64_t last = first + std::max<int64_t>(1, static_cast<int64_t>(left_over * share));
+      if (!next.compare_exchange_weak(first, last)) continue;
+      for (int64_t i = first; i < last; ++i) {
+        work(i, scratch);
+        // Acquire and release: the last to finish sees what the others wrote.
+        if (left[head_of[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(head_of[i], scratch);
+      }
+      first = next.load();
     }
   };
   // Some 20 microseconds of work are not worth waking other threads.
