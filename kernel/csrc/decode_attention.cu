@@ -1,12 +1,15 @@
 #include <cfloat>
 #include <cmath>
+#include <type_traits>
 
 #include "decode_attention.h"
 #include "feed.cuh"
 #include "launch.cuh"
 #include "queries.cuh"
 #include "sequence.cuh"
+#include "staged_feed.cuh"
 #include "tile.cuh"
+#include "window.cuh"
 
 namespace mustafar::cuda {
 namespace {
@@ -19,15 +22,18 @@ constexpr float kMaximumSlack = 8.f;
 struct MostHeads {
   constexpr int operator()(int channels) const { return channels == 256 ? 4 : 8; }
 };
-// Warps of a block at most: what shared memory has room for, and for 64 channels registers.
-constexpr int max_warps(int channels) { return channels == 64 ? 12 : channels == 128 ? 8 : 4; }
-constexpr int kRing = 2;  // staged vectors of a row: 3 are not faster
-template <int kChannels>
-using SliceFeed = Feed<kChannels / 32, kRing, true>;
+// Warps of a block at most: what shared memory and registers have room for.
+constexpr int max_warps(int channels, int heads) {
+  return channels == 256 ? 6 : channels == 64 ? 12 : heads > 4 ? 8 : 12;
+}
+// Where registers leave room for 8 warps only, slices are staged.
+template <int kChannels, int kHeads>
+using SliceFeed = std::conditional_t<kChannels == 128 && (kHeads > 4), StagedFeed<4>, Feed<kChannels / 32>>;
 
 template <int kChannels, int kHeads>
 constexpr int kWarpBytes =
-    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * SliceFeed<kChannels>::kStagingBytes;
+    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * SliceFeed<kChannels, kHeads>::kStagingBytes;
+static_assert(kFewSinkRows * kTilePitch + weights_bytes(8) >= window_scores_bytes(8));
 template <int kChannels>
 constexpr int kTableBytes = QueryTable<__half, kChannels, 1>::kBytes;  // of any dtype and heads
 
@@ -64,7 +70,7 @@ __device__ __forceinline__ void write_output(const DecodeAttentionParams& p, int
 template <class T, int kChannels, int kHeads>
 struct Worker {
   using Queries = QueryTable<T, kChannels, kHeads>;
-  using SomeFeed = SliceFeed<kChannels>;
+  using SomeFeed = SliceFeed<kChannels, kHeads>;
   static constexpr int kWords = SomeFeed::kBitmapWords;
   const uint32_t table, tile, weights;
   const int head_dim, lane;
@@ -82,44 +88,16 @@ struct Worker {
   // 64 tokens of the window, from `first`.
   __device__ __forceinline__ void chunk(const Sequence& sequence, const DenseWindow& keys,
                                         const DenseWindow& values, int first) {
-    const uint32_t column = table + Queries::column(0);  // of one copy: every lane reads the same channel
-    bool visible[kRowsPerLane];
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) visible[r] = sequence.in_window(first + lane + r * kWarpSize);
-    scores.clear();
-    // Loads run ahead of their use by a step, as copies do elsewhere.
-    constexpr int kStep = 2;
-    const int vectors = head_dim / kVectorValues;
-    uint4 key[kStep][kRowsPerLane], value[kStep][kRowsPerLane];
-    const auto fetch = [&](int vector) {
-#pragma unroll
-      for (int j = 0; j < kStep; ++j)
-#pragma unroll
-        for (int r = 0; r < kRowsPerLane; ++r) {
-          const int token = first + lane + r * kWarpSize, i = min(vector + j, vectors - 1);
-          key[j][r] = keys.vector(token, visible[r], i);
-          value[j][r] = values.vector(token, visible[r], i);
-        }
-    };
-    fetch(0);
-#pragma unroll 1
-    for (int vector = 0; vector < vectors; vector += kStep) {
-      uint4 x[kStep][kRowsPerLane], y[kStep][kRowsPerLane];
-#pragma unroll
-      for (int j = 0; j < kStep; ++j)
-#pragma unroll
-        for (int r = 0; r < kRowsPerLane; ++r) x[j][r] = key[j][r], y[j][r] = value[j][r];
-      fetch(vector + kStep);
-#pragma unroll
-      for (int j = 0; j < kStep; ++j)
-        if (vector + j < vectors) take(column, vector + j, x[j], y[j]);
-    }
+    const Window<T, kChannels, kHeads> window(sequence, keys, values, first, head_dim, table, tile, lane);
+    window.fetch_values();
+    window.scores(scratch());
+    scores.load(scratch(), lane);
     scale_scores();
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r)
-      if (!visible[r]) hide(r);
+      if (!sequence.in_window(first + lane + r * kWarpSize)) hide(r);
     weigh();
-    multiply();
+    window.add_values(output, weights);
   }
 
   // All slices of the feeds, of which there is at least one. The scores of a slice come first; its values are
@@ -129,7 +107,6 @@ struct Worker {
     Scatter scatter;
     QueryWalk<Queries, kWords> key_walk(table + Queries::column(lane), head_dim);
     TileWalk<kWords> value_walk(tile_column(tile, lane), head_dim);
-    SomeFeed::wait_bitmaps(0);
     keys.begin(key_walk, head_dim);
     keys.hide(key_walk);
     value_walk.has_gap = false;
@@ -138,12 +115,13 @@ struct Worker {
       const bool more = keys.more();
       const int key_vectors = more ? keys.vectors() : 0;
       scores.clear();
-      visit_both(Tour{keys, key_walk, scores}, key_vectors, Tour{values, value_walk, scatter}, value_vectors);
+      visit_both(Tour{values, value_walk, scatter}, value_vectors, Tour{keys, key_walk, scores}, key_vectors);
+      keys.fetch();
+      values.fetch();
       if (!first) multiply();
       if (!more) return;
       scores_done(keys);
       weigh();
-      SomeFeed::wait_bitmaps(min(key_vectors, value_vectors));
       keys.begin(key_walk, head_dim);
       values.begin(value_walk, head_dim);
       keys.hide(key_walk);
@@ -165,23 +143,8 @@ struct Worker {
   }
 
  private:
-  // A vector of keys for the scores, and of values into the tile.
-  __device__ __forceinline__ void take(uint32_t column, int vector, const uint4 (&key)[kRowsPerLane],
-                                       const uint4 (&value)[kRowsPerLane]) {
-    store_column(tile_column(tile, lane) + vector * kVectorValues * kTilePitch, value[0], value[1]);
-#pragma unroll
-    for (int i = 0; i < kVectorValues; ++i) {
-      float queries[kHeads];
-      Queries::read(column + (vector * kVectorValues + i) * Queries::kPitch, queries);
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) {
-        const uint32_t pair = i < 2 ? key[r].x : i < 4 ? key[r].y : i < 6 ? key[r].z : key[r].w;
-        const float x = i % 2 == 0 ? Half<T>::low(pair) : Half<T>::high(pair);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) scores.of[r][h] = fmaf(queries[h], x, scores.of[r][h]);
-      }
-    }
-  }
+  // Room for float scores [kSliceTokens][kHeads] while there are no weights: behind the tile's channels.
+  __device__ __forceinline__ uint32_t scratch() const { return tile + kChannels * kTilePitch; }
   __device__ __forceinline__ void scale_scores() {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r)
@@ -239,11 +202,11 @@ struct Worker {
 };
 
 template <class T, int kChannels, int kHeads>
-__global__ void __launch_bounds__(kWarpSize* max_warps(kChannels), 1)
+__global__ void __launch_bounds__(kWarpSize* max_warps(kChannels, kHeads), 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p,
                             const __grid_constant__ Plan plan, float score_scale) {
   using Queries = QueryTable<T, kChannels, kHeads>;
-  using SomeFeed = SliceFeed<kChannels>;
+  using SomeFeed = SliceFeed<kChannels, kHeads>;
   constexpr int kBytes = kWarpBytes<kChannels, kHeads>;
   extern __shared__ __align__(16) char shared[];
   launch_next();
@@ -256,19 +219,18 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels), 1)
   char* const of_warps = shared + Queries::kBytes;
   char* const own = of_warps + warp * kBytes;
   const uint32_t table = shared_address(shared), region = shared_address(own);
-  const uint32_t weights = region + tile_bytes(kChannels), staging = weights + weights_bytes(kHeads);
+  const uint32_t weights = region + tile_bytes(kChannels);
   // Neighbouring pieces of a sequence go to different blocks: all of them end at the same time.
   const int first = warp * plan.splits + at.split, step = block_warps * plan.splits;
   const int words = bitmap_words(p.head_dim);
   const Share share = sequence.deal(first, step);
   const Slices key_slices(p.key, at.b, at.kv_head, words, share);
   const Slices value_slices(p.value, at.b, at.kv_head, words, share);
+  const uint32_t staging = weights + weights_bytes(kHeads);
   SomeFeed keys(key_slices, staging, lane), values(value_slices, staging + SomeFeed::kStagingBytes, lane);
   Queries::fill(table, shared_address(of_warps),
                 static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
                 p.q_head_stride, at.heads, p.head_dim);
-  fill_zeros(region, tile_bytes(kChannels), lane);
-  __syncwarp();
 
   Worker<T, kChannels, kHeads> worker{table,      region + kGuardRows * kTilePitch, weights, p.head_dim, lane,
                                       score_scale};
@@ -279,6 +241,8 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels), 1)
                                  p.v_window_head_stride, p.v_window_token_stride);
   for (int i = first; i < sequence.chunks; i += step)
     worker.chunk(sequence, key_window, value_window, (sequence.first_chunk + i) * kSliceTokens);
+  fill_zeros(region, tile_bytes(kChannels), lane);
+  __syncwarp();
   if (share.first < share.end) worker.slices(keys, values);
   wait_copies<0>();
   worker.finish(own);
@@ -338,10 +302,14 @@ __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, 
 template <int kChannels, int kHeads>
 cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window_capacity, Blocks* blocks,
                     Plan* plan) {
-  MUSTAFAR_CUDA_TRY(
-      size_blocks(kTableBytes<kChannels>, kWarpBytes<kChannels, kHeads>, max_warps(kChannels), 1, blocks));
+  MUSTAFAR_CUDA_TRY(size_blocks(kTableBytes<kChannels>, kWarpBytes<kChannels, kHeads>,
+                                max_warps(kChannels, kHeads), 1, blocks));
   const int64_t units = slices + slices_of(window_capacity);
   *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), units, blocks->teams, blocks->resident);
+  // No more warps than the block has units for, but 8 bring in the tables.
+  const int64_t of_block = (units + plan->splits - 1) / plan->splits;
+  blocks->threads =
+      kWarpSize * static_cast<int>(std::min<int64_t>(blocks->teams, std::max<int64_t>(8, of_block)));
   return cudaSuccess;
 }
 

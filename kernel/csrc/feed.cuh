@@ -1,54 +1,32 @@
-// Bringing slices to a warp one after another: their values in a ring of vectors in shared memory that runs
-// on from each slice into the next, so that memory is never waited for at a slice's start.
+// Bringing slices to a warp one after another: bitmaps and values come straight to registers, a vector of
+// values ahead of the walk and on from each slice into the next, so that memory is not waited for at a
+// slice's start.
 #pragma once
 
-#include <climits>
 #include <cstdint>
 
 #include "rows.cuh"
-#include "shared.cuh"
 
 namespace mustafar::cuda {
 
-// Lanes stage and read nothing but their own rows, so no barrier is needed.
 //   kWords  32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
-//   kRing   vectors of each row that are staged, there or on their way
-//   kStagesBitmaps  whether the next slice's bitmaps wait in shared memory, or else in registers
-template <int kWords, int kRing, bool kStagesBitmaps>
+template <int kWords>
 class Feed {
-  static constexpr int kWordBytes = kWords * 4;
-  static constexpr int kSlotBytes = kSliceVectorBytes;
-  static constexpr int kRowsApart = kWarpSize * 16;  // bytes between vectors of a lane's rows
-
  public:
-  static constexpr int kBitmapWords = kWords, kRingVectors = kRing;
-  static constexpr int kStagingBytes =
-      (kStagesBitmaps ? kSliceTokens * kWordBytes : 0) + kRing * kSlotBytes;  // of a warp
+  static constexpr int kBitmapWords = kWords, kStagingBytes = 0;
+  static constexpr int kLoadAt = 0;
 
-  // Starts the first copies. wait_bitmaps(0) and begin() go to the first slice.
-  __device__ __forceinline__ Feed(const Slices& slices, uint32_t staging, int lane)
-      : slices_(slices),
-        lane_(lane),
-        staged_words_(staging + lane * kWordBytes),
-        staged_vectors_(staging + kStagingBytes - kRing * kSlotBytes + lane * 16),
-        slice_(slices.first - slices.stride),
-        cursor_(slice_) {
-    if (slices.first < slices.end) {
-      fetch_bitmaps(slices.first);
-      next_width_ = slices_.width(slices.first);
-      if (!slices.general()) {
-        from_ = slices.uniform_values(slices.first) + lane * 16;
-        left_ = slices.vectors;
-        to_copy_ = ((slices.end - slices.first - 1) / slices.stride + 1) * left_;
-        jump_ = ((slices.stride - 1) * left_ + 1) * kSliceVectorBytes;
-      }
-#pragma unroll
-      for (int i = 0; i < kRing; ++i) {
-        look_up();
-        copy_vector();
-      }
+  // Starts the first loads. begin() goes to the first slice.
+  __device__ __forceinline__ Feed(const Slices& slices, uint32_t /*staging*/, int lane)
+      : slices_(slices), lane_(lane), slice_(slices.first - slices.stride) {
+    if (slices.first >= slices.end) return;
+    width_ = slices.width(slices.first);
+    fetch();
+    const int vectors = slices.vectors_of(width_);
+    if (vectors > 0) {
+      from_ = address(slices.first);
+      load();
     }
-    commit_copies();
   }
 
   // Whether the walk is at a slice.
@@ -61,31 +39,39 @@ class Feed {
   }
   __device__ __forceinline__ int vectors() const { return vectors_; }
 
-  // Waits for the bitmaps of the next slice, when so many vectors have been walked since the last time.
-  static __device__ __forceinline__ void wait_bitmaps(int vectors) {
-    if (vectors < kRing)
-      wait_copies<0>();
-    else
-      wait_copies<kRing - 1>();
+  // Starts loading the bitmaps of the next slice, or of any if there is none: once before every begin(), as
+  // early as there are registers for them.
+  __device__ __forceinline__ void fetch() {
+    const int next = min(slice_ + slices_.stride, slices_.end - 1);
+    const uint64_t* bitmap = slices_.bitmap + (int64_t{next} * kSliceTokens + lane_) * slices_.words;
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) load_bitmap(bitmap + r * kWarpSize * slices_.words, words_[r]);
+    width_after_ = slices_.width(min(next + slices_.stride, slices_.end - 1));
   }
 
-  // Goes on to the next slice, starts a walk over it, and the copies of the bitmaps after that. There need
-  // not be a next slice, but there must have been a first. hide() is to follow.
+  // Goes on to the next slice and starts a walk over it. There need not be a next slice, but there must have
+  // been a first. hide() is to follow.
   template <class SomeWalk>
   __device__ __forceinline__ void begin(SomeWalk& walk, int head_dim) {
     slice_ += slices_.stride;
-    vectors_ = slices_.vectors_of(next_width_);
-    if constexpr (kStagesBitmaps) {
-      uint32_t words[kRowsPerLane][kWords];
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) read_bitmap(r, words[r]);
-      walk.start(words, head_dim);
+    vectors_ = slices_.vectors_of(width_);
+    walk.start(words_, head_dim);
+    width_ = width_after_;
+    // Nothing to go on to: the last vector is loaded once more.
+    const int next = slice_ + slices_.stride;
+    if (!slices_.general()) {
+      jump_ = next < slices_.end ? ((slices_.stride - 1) * vectors_ + 1) * kSliceVectorBytes : 0;
     } else {
-      walk.start(next_words_, head_dim);
+      jump_ = 0;
+      if (next < slices_.end && slices_.vectors_of(width_) > 0) {
+        const char* const to = address(next);
+        jump_ = uniform(to - from_) - max(vectors_ - 1, 0) * kSliceVectorBytes;
+        if (vectors_ == 0) {  // the vector ahead is the next slice's
+          from_ = to;
+          load();
+        }
+      }
     }
-    const int next = min(slice_ + slices_.stride, slices_.end - 1);  // any slice will do after the last
-    fetch_bitmaps(next);
-    next_width_ = slices_.width(next);
   }
   // Takes hidden tokens out of a walk that has begun.
   template <class SomeWalk>
@@ -96,73 +82,39 @@ class Feed {
       if (!visible(r)) walk.park(r);
   }
 
-  // The next vector of both rows, whose copies have been waited for, to the walk.
-  template <class SomeWalk>
-  __device__ __forceinline__ void take_vector(SomeWalk& walk) {
+  // The next vector becomes the one at work.
+  __device__ __forceinline__ void take() {
 #pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) load(staged_vectors_ + slot_ + r * kRowsApart, walk.pairs[r]);
-  }
-
-  // Copies one vector of both rows, if there is one left, to the slot of the ring whose vector has been
-  // taken. Every step of a walk commits one group, so that the newest kRing - 1 are never needed by the next.
-  __device__ __forceinline__ void copy_vector() {
-    if (to_copy_ > 0) {
+    for (int r = 0; r < kRowsPerLane; ++r)
 #pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r)
-        copy_async<16>(staged_vectors_ + slot_ + r * kRowsApart, from_ + r * kRowsApart);
-    }
-    --to_copy_;
-    const bool last = --left_ == 0;  // of its slice
-    from_ += last ? jump_ : kSliceVectorBytes;
-    left_ = last ? slices_.vectors : left_;
-    slot_ = next_slot(slot_);
+      for (int i = 0; i < 4; ++i) vector_[r][i] = next_[r][i];
   }
-  // So many vectors can be copied after look_up() and before the next.
-  __device__ __forceinline__ int room() const { return slices_.general() ? left_ : INT_MAX; }
-  // In the general layout, goes to the next slice that has values when those of this one have been copied.
-  __device__ __forceinline__ void look_up() {
-    if (!slices_.general() || left_ > 0) return;
-    do {
-      cursor_ += slices_.stride;
-      if (cursor_ >= slices_.end) {
-        to_copy_ = 0, left_ = INT_MAX;
-        return;
-      }
-      left_ = slices_.vectors_of(slices_.width(cursor_));
-    } while (left_ == 0);
-    to_copy_ = left_;
-    from_ = slices_.general_values(cursor_) + lane_ * 16;
+  // Starts loading what follows vector `vector` of the slice, which has been taken.
+  __device__ __forceinline__ void load_ahead(int vector) {
+    from_ += vector + 1 < vectors_ ? kSliceVectorBytes : jump_;
+    load();
   }
+  static __device__ __forceinline__ void commit() {}
+  // Two values of row r, of the vector at work.
+  __device__ __forceinline__ uint32_t pair(int r, int i) const { return vector_[r][i]; }
 
  private:
-  static __device__ __forceinline__ uint32_t next_slot(uint32_t slot) {
-    if constexpr (kRing == 2) return slot ^ kSlotBytes;
-    return slot == (kRing - 1) * kSlotBytes ? 0 : slot + kSlotBytes;
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) load_once(from_ + r * (kWarpSize * 16), next_[r]);
   }
-
-  __device__ __forceinline__ void fetch_bitmaps(int slice) {
-    const uint64_t* bitmap = slices_.bitmap + (int64_t{slice} * kSliceTokens + lane_) * slices_.words;
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) {
-      const uint32_t to = staged_words_ + r * kWarpSize * kWordBytes;
-      const uint64_t* from = bitmap + r * kWarpSize * slices_.words;
-      if constexpr (!kStagesBitmaps) {
-        load_bitmap(from, next_words_[r]);
-      } else if constexpr (kWords == 4) {
-        copy_async<16>(to, from);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kWords / 2; ++i)
-          if (i < slices_.words) copy_async<8>(to + i * 8, from + i);
-      }
-    }
+  static __device__ __forceinline__ int64_t uniform(int64_t x) {
+    return __shfl_sync(kFullWarp, x, 0);  // so that the compiler knows it uniform
+  }
+  // Of the first vector of the lane's first row.
+  __device__ __forceinline__ const char* address(int slice) const {
+    return slices_.first_vector(slice) + lane_ * 16;
   }
 
   // A row's bitmap from memory, least significant bit first.
   __device__ __forceinline__ void load_bitmap(const uint64_t* from, uint32_t (&words)[kWords]) const {
     if constexpr (kWords == 4) {
-      const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(from));
-      words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+      load_once(from, words);
     } else {
 #pragma unroll
       for (int i = 0; i < kWords; i += 2) {
@@ -173,88 +125,79 @@ class Feed {
     }
   }
 
-  // Row r's bitmap, least significant bit first.
-  __device__ __forceinline__ void read_bitmap(int r, uint32_t (&words)[kWords]) const {
-    const uint32_t from = staged_words_ + r * kWarpSize * kWordBytes;
-    if constexpr (kWords == 4) {
-      load(from, words);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords; i += 2) {
-        uint32_t two[2];
-        load(from + i * 4, two);
-        const bool held = kWords <= 4 || i / 2 < slices_.words;
-        words[i] = held ? two[0] : 0, words[i + 1] = held ? two[1] : 0;
-      }
-    }
-  }
-
   const Slices& slices_;
   const int lane_;
-  const uint32_t staged_words_, staged_vectors_;  // of row 0: addresses in shared memory
-  uint32_t slot_ = 0;                             // of the ring, at work
   int slice_, vectors_ = 0;
-  uint32_t next_words_[kRowsPerLane][kWords];  // bitmaps, if not staged
-  int32_t next_width_ = 0;
-  // What is copied next.
-  int cursor_, left_ = 0, to_copy_ = 0;  // the slice, in the general layout; vectors left of it, and in all
-  uint32_t jump_ = 0;                    // from a slice's last vector to the next slice's first
-  const char* from_ = nullptr;
+  uint32_t words_[kRowsPerLane][kWords];  // bitmaps of the next slice
+  int32_t width_ = 0, width_after_ = 0;   // of the next slice and the one after it, in the general layout
+  uint32_t vector_[kRowsPerLane][4], next_[kRowsPerLane][4];  // at work, and the one after it
+  const char* from_ = nullptr;                                // of the last vector loaded
+  int64_t jump_ = 0;  // from a slice's last vector to the next slice's first
 };
 
-template <class... Others>
-__host__ __device__ constexpr int first_of(int first, Others...) {
+template <class First, class... Others>
+__host__ __device__ constexpr First first_of(First first, Others...) {
   return first;
 }
 
 // A walk through the slice of a feed, and what is done with every value.
 template <class SomeFeed, class SomeWalk, class SomeVisit>
 struct Tour {
-  static constexpr int kRing = SomeFeed::kRingVectors;
+  static constexpr int kWords = SomeWalk::kWords, kLoadAt = SomeFeed::kLoadAt;
   SomeFeed& feed;
   SomeWalk& walk;
   SomeVisit& visit;
+
+  template <int kLive>
+  __device__ __forceinline__ void visit_value(int i) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) walk.template visit_value<kLive>(r, i, feed.pair(r, i / 2), visit);
+  }
 };
 template <class SomeFeed, class SomeWalk, class SomeVisit>
 Tour(SomeFeed&, SomeWalk&, SomeVisit&) -> Tour<SomeFeed, SomeWalk, SomeVisit>;
 
-// Visits the vectors from `vector` to `until` of one tour, or of two at once: twice the independent
-// instructions to fill the latencies of either. kGaps: rows may have runs of 32 zeros.
-template <bool kGaps, class... Tours>
-__device__ __forceinline__ void visit_vectors(int vector, int until, Tours... tours) {
-  constexpr int kRing = first_of(Tours::kRing...);
-#pragma unroll 1
-  for (; vector < until; ++vector) {
-    wait_copies<kRing - 1>();
-    (tours.feed.take_vector(tours.walk), ...);
+// Visits one vector. kGaps: rows may have runs of 32 zeros.
+template <bool kGaps, int kLive, class... Tours>
+__device__ __forceinline__ void visit_vector(int vector, Tours... tours) {
+  (tours.feed.take(), ...);
 #pragma unroll
-    for (int i = 0; i < kVectorValues; ++i) {
-      if constexpr (kGaps)
-        while (__any_sync(kFullWarp, (tours.walk.stalled() || ...))) (tours.walk.skip_zeros(), ...);
-      (tours.walk.visit_value(i, tours.visit), ...);
-      if (i == 1) {
-        (tours.feed.copy_vector(), ...);
-        commit_copies();
-      }
+  for (int i = 0; i < kVectorValues; ++i) {
+    if (i == first_of(Tours::kLoadAt...)) {
+      (tours.feed.load_ahead(vector), ...);
+      first_of(tours...).feed.commit();
     }
-    (tours.walk.advance(), ...);
+    if (i == kVectorValues / 2) (tours.walk.halfway(), ...);
+    if constexpr (kGaps)
+      while (__any_sync(kFullWarp, (tours.walk.stalled() || ...))) (tours.walk.skip_zeros(), ...);
+    (tours.template visit_value<kLive>(i), ...);
   }
+  (tours.walk.advance(), ...);
 }
 
-// The same, whatever the rows and the layout.
+// Visits the vectors from `vector` to `until` of one tour, or of two at once: twice the independent
+// instructions to fill the latencies of either.
+template <bool kGaps, int kLive, class... Tours>
+__device__ __forceinline__ void visit_vectors(int vector, int until, Tours... tours) {
+#pragma unroll 1
+  for (; vector < until; ++vector) visit_vector<kGaps, kLive>(vector, tours...);
+}
+// The same, whatever the rows.
 template <class... Tours>
 __device__ __forceinline__ void visit(int vector, int until, Tours... tours) {
-  const bool gaps = __any_sync(kFullWarp, (tours.walk.has_gap || ...));
-  while (vector < until) {  // once, but for the general layout
-    (tours.feed.look_up(), ...);
-    const int room[] = {tours.feed.room()...};
-    const int stop = vector + min(until - vector, min(room[0], room[sizeof...(Tours) - 1]));
-    if (gaps)
-      visit_vectors<true>(vector, stop, tours...);
-    else
-      visit_vectors<false>(vector, stop, tours...);
-    vector = stop;
+  if (vector >= until) return;
+  constexpr int kWords = first_of(Tours::kWords...);
+  if (__any_sync(kFullWarp, (tours.walk.has_gap || ...))) {
+    visit_vectors<true, kWords>(vector, until, tours...);
+    return;
   }
+  if constexpr (kWords == 4) {  // after 32 values a word of the bitmap is used up
+    constexpr int kEarly = 32 / kVectorValues;
+    visit_vectors<false, kWords>(vector, min(until, kEarly), tours...);
+    visit_vectors<false, kWords - 1>(max(vector, kEarly), until, tours...);
+    return;
+  }
+  visit_vectors<false, kWords>(vector, until, tours...);
 }
 
 // All vectors of a tour.

@@ -7,10 +7,10 @@ namespace mustafar::cuda {
 namespace {
 
 // Two blocks on an SM, so that one computes while the other starts or ends.
-constexpr int kMaxWarps = 12, kBlocksPerSm = 2;
-constexpr int kRing = 2;  // staged vectors of a row
+constexpr int kBlocksPerSm = 2;
+constexpr int max_warps(int heads) { return heads > 4 ? 8 : 12; }
 template <int kChannels>
-using KeyFeed = Feed<kChannels / 32, kRing, false>;
+using KeyFeed = Feed<kChannels / 32>;
 struct MostHeads {
   constexpr int operator()(int /*channels*/) const { return 8; }
 };
@@ -18,7 +18,7 @@ struct MostHeads {
 // Each warp takes slices of 64 keys one after another, and its lanes score their tokens with all heads of the
 // pass on the non-zeros.
 template <class T, int kChannels, int kHeads>
-__global__ void __launch_bounds__(kWarpSize* kMaxWarps, kBlocksPerSm)
+__global__ void __launch_bounds__(kWarpSize* max_warps(kHeads), kBlocksPerSm)
     key_scores_kernel(const __grid_constant__ KeyScoresParams p, const __grid_constant__ Plan plan) {
   using Queries = QueryTable<T, kChannels, kHeads>;
   extern __shared__ __align__(16) char shared[];
@@ -30,22 +30,20 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps, kBlocksPerSm)
                       {at.split * block_warps + warp, static_cast<int32_t>(slices_of(p.tokens)),
                        plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
   const uint32_t table = shared_address(shared), scratch = table + Queries::kBytes;
-  const uint32_t staging = scratch + Queries::kScratchBytes;
-  KeyFeed<kChannels> feed(slices, staging + warp * KeyFeed<kChannels>::kStagingBytes, lane);
+  KeyFeed<kChannels> feed(slices, 0, lane);
   Queries::fill(table, scratch,
                 static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
                 p.q_head_stride, at.heads, p.head_dim);
   T* out = static_cast<T*>(p.scores) + at.b * p.scores_batch_stride + at.first_head * p.scores_head_stride;
   if (slices.first >= slices.end) return;
   QueryWalk<Queries, KeyFeed<kChannels>::kBitmapWords> walk(table + Queries::column(lane), p.head_dim);
-  feed.wait_bitmaps(0);
   for (;;) {
     feed.begin(walk, p.head_dim);
     if (!feed.more()) break;
     Scores<Queries, kHeads> scores;
     scores.clear();
     visit_all(Tour{feed, walk, scores});
-    feed.wait_bitmaps(feed.vectors());
+    feed.fetch();
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       const int64_t token = int64_t{feed.slice()} * kSliceTokens + lane + r * kWarpSize;
@@ -55,15 +53,13 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps, kBlocksPerSm)
           out[h * p.scores_head_stride + token] = Half<T>::round(scores.of[r][h]);
     }
   }
-  wait_copies<0>();
 }
 
 template <class T, int kChannels, int kHeads>
 cudaError_t run(const KeyScoresParams& p, cudaStream_t stream) {
   Blocks blocks;
   using Queries = QueryTable<T, kChannels, kHeads>;
-  MUSTAFAR_CUDA_TRY(size_blocks(Queries::kBytes + Queries::kScratchBytes, KeyFeed<kChannels>::kStagingBytes,
-                                kMaxWarps, 1, &blocks));
+  MUSTAFAR_CUDA_TRY(size_blocks(Queries::kBytes + Queries::kScratchBytes, 0, max_warps(kHeads), 1, &blocks));
   const Plan plan = make_plan(p.batch, p.q_heads, p.kv_heads, MostHeads()(kChannels), slices_of(p.tokens),
                               blocks.teams, std::min<int64_t>(blocks.resident, kBlocksPerSm * blocks.sms));
   return launch(key_scores_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan);

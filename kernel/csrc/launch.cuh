@@ -37,7 +37,7 @@ inline cudaError_t size_blocks(int fixed, int per_team, int most_teams, int team
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&blocks->sms, cudaDevAttrMultiProcessorCount, device));
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  blocks->teams = std::min((block_bytes - fixed) / per_team, most_teams);
+  blocks->teams = per_team == 0 ? most_teams : std::min((block_bytes - fixed) / per_team, most_teams);
   if (blocks->teams < 1) return cudaErrorInvalidConfiguration;
   blocks->threads = blocks->teams * team_warps * kWarpSize;
   blocks->shared_bytes = fixed + blocks->teams * per_team;

@@ -20,7 +20,7 @@ template <class T, int kChannels, int kHeads>
 struct QueryTable {
   using Element = T;
   static constexpr int kPitch = kChannels == 256 ? 64 : 128;
-  static constexpr int kBytes = table_bytes(kChannels, kPitch);
+  static constexpr int kBytes = table_bytes(kChannels, kPitch, kSinkRows);
   static constexpr bool kFloat = kHeads <= 4;
   static constexpr int kEntryWords = kFloat ? kHeads : kHeads / 2;
   static constexpr int kEntryBytes = 4 * kEntryWords;
@@ -65,23 +65,32 @@ struct QueryTable {
     return kGuardRows * kPitch + lane % (kPitch / kEntryBytes) * kEntryBytes;
   }
 
-  // query[head][channel at address] of every head
-  static __device__ __forceinline__ void read(uint32_t address, float (&queries)[kHeads]) {
-    uint32_t entry[kEntryWords];
-    load(address, entry);
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h)
-      queries[h] = kFloat       ? __uint_as_float(entry[h])
-                   : h % 2 == 0 ? Half<T>::low(entry[h / 2])
-                                : Half<T>::high(entry[h / 2]);
+  // query[head] of `channel` and the one after it, from copy `copy`.
+  static __device__ __forceinline__ uint32_t pair(uint32_t table, int copy, int channel, int head) {
+    const uint32_t at = table + column(copy) + channel * kPitch + head * (kFloat ? 4 : 2);
+    uint32_t first, second;
+    if constexpr (kFloat) {
+      load(at, first);
+      load(at + kPitch, second);
+      return Half<T>::pack(__uint_as_float(first), __uint_as_float(second));
+    } else {
+      load16(at, first);
+      load16(at + kPitch, second);
+      return first | second << 16;
+    }
   }
 
   // sums[head] += query[head][channel at address] * key
   static __device__ __forceinline__ void add(float (&sums)[kHeads], uint32_t address, float key) {
-    float queries[kHeads];
-    read(address, queries);
+    uint32_t entry[kEntryWords];
+    load(address, entry);
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) sums[h] = fmaf(queries[h], key, sums[h]);
+    for (int h = 0; h < kHeads; ++h) {
+      const float query = kFloat       ? __uint_as_float(entry[h])
+                          : h % 2 == 0 ? Half<T>::low(entry[h / 2])
+                                       : Half<T>::high(entry[h / 2]);
+      sums[h] = fmaf(query, key, sums[h]);
+    }
   }
 };
 
@@ -97,11 +106,24 @@ struct Scores {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) of[r][h] = 0.f;
   }
+  // From shared memory, as float [kSliceTokens][kHeads].
+  __device__ __forceinline__ void load(uint32_t from, int lane) {
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r)
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        uint32_t bits;
+        cuda::load(from + ((lane + r * kWarpSize) * kHeads + h) * 4, bits);
+        of[r][h] = __uint_as_float(bits);
+      }
+    __syncwarp();
+  }
   __device__ __forceinline__ void operator()(int row, uint32_t address, uint32_t pair, bool high) {
     Queries::add(of[row], address, high ? Half<T>::high(pair) : Half<T>::low(pair));
   }
 };
 template <class Queries, int kWords>
-using QueryWalk = Walk<kWords, Queries::kPitch, 0>;
+using QueryWalk = Walk<kWords, Queries::kPitch, 0, kSinkRows>;
 
 }  // namespace mustafar::cuda

@@ -17,12 +17,12 @@ constexpr int kRowsPerLane = kSliceTokens / kWarpSize;  // lane l owns tokens l 
 
 constexpr int kSliceVectorBytes = kSliceTokens * 16;  // a vector of every row of a slice
 
-// Tables in shared memory that are indexed by channel have one row before and eight rows after the channels
-// that the walk may touch but nobody reads: see Scan.
+// Tables in shared memory that are indexed by channel have rows before and after the channels that the walk
+// may touch but nobody reads: see Scan. After them as many as values are visited between two checks.
 constexpr int kGuardRows = 1;
-constexpr int kSinkRows = kVectorValues;
-__host__ __device__ constexpr int table_bytes(int channels, int pitch) {
-  return (kGuardRows + channels + kSinkRows) * pitch;
+constexpr int kSinkRows = kVectorValues, kFewSinkRows = kVectorValues / 2;
+__host__ __device__ constexpr int table_bytes(int channels, int pitch, int sink_rows) {
+  return (kGuardRows + channels + sink_rows) * pitch;
 }
 
 // Some slices of a sequence: first, first + stride, ... below end, of which the tokens from first_visible to
@@ -65,6 +65,9 @@ struct Slices : Share {
   __device__ __forceinline__ const char* general_values(int slice) const {
     return values + __ldg(offsets + slice) * 2;
   }
+  __device__ __forceinline__ const char* first_vector(int slice) const {
+    return general() ? general_values(slice) : uniform_values(slice);
+  }
   // What the general layout has to look up, in time for vectors_of().
   __device__ __forceinline__ int32_t width(int slice) const { return general() ? __ldg(widths + slice) : 0; }
   // By way of a shuffle, so that the compiler knows it uniform.
@@ -99,15 +102,20 @@ struct Scan {
 
   // Consumes channels up to and including the next kept one, and returns its address in the table. The i-th
   // call, from 0, since advance(). `ones` is all ones.
+  template <int kLive>
   __device__ __forceinline__ uint32_t step(int i, uint32_t ones) {
     const uint32_t place = highest_one(bits[0]);
     at -= place * kPitch;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w)  // by zeros + 1 to the left
-      bits[w] = __funnelshift_r(w + 1 < kWords ? bits[w + 1] : ones, bits[w], place);
+    for (int w = 0; w < kLive; ++w)  // by zeros + 1 to the left
+      bits[w] = __funnelshift_r(w + 1 < kLive ? bits[w + 1] : ones, bits[w], place);
     return at + (i + 1) * kChannelsPerStep * kPitch - kBias;
   }
 
+  // After half of them: no further than the last channel, where sink rows are few.
+  __device__ __forceinline__ void halfway(uint32_t sink) {
+    at = min(at, sink + kBias - kVectorValues / 2 * kChannelsPerStep * kPitch);
+  }
   // After the kVectorValues steps of a vector. Not beyond the last channel, because sink rows are as many.
   __device__ __forceinline__ void advance(uint32_t sink) {
     at = min(at + kVectorValues * kChannelsPerStep * kPitch, sink + kBias);
@@ -125,16 +133,16 @@ struct Scan {
 };
 
 // A lane's two rows on their way through a table of kPitch bytes a channel, channel 0 of row r at table + r *
-// kRowBytes. Visit: visit(row, address, pair, high) with the address of the value's channel in the table, and
-// the value in the low or high half of `pair`. Slots without a channel land in the sink rows.
-template <int kBitmapWords, int kTablePitch, int kRowBytes>
+// kRowBytes, with kSinkRows_ rows after them. Visit: visit(row, address, pair, high) with the address of the
+// value's channel in the table, and the value in the low or high half of `pair`. Slots without a channel land
+// in the sink rows.
+template <int kBitmapWords, int kTablePitch, int kRowBytes, int kSinkRows_>
 struct Walk {
   static constexpr int kWords = kBitmapWords, kPitch = kTablePitch;
   const uint32_t before, sink;  // the guard row and the last channel's row of row 0's table
   const uint32_t ones;
   Scan<kWords, kPitch> scan[kRowsPerLane];
-  uint32_t pairs[kRowsPerLane][4];  // the vector at work
-  bool has_gap;                     // whether a row has a run of 32 zeros
+  bool has_gap;  // whether a row has a run of 32 zeros
 
   __device__ __forceinline__ Walk(uint32_t table, int head_dim)
       : before(table - kPitch), sink(before + head_dim * kPitch), ones(opaque_ones()) {}
@@ -165,15 +173,23 @@ struct Walk {
     for (int i = 0; i < kWords; ++i) scan[r].bits[i] = ~0u;
   }
 
-  template <class Visit>
-  __device__ __forceinline__ void visit_value(int i, Visit& visit) {
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) visit(r, scan[r].step(i, ones), pairs[r][i / 2], i % 2 == 1);
+  // Value i of the vector of row r, which is a half of `pair`.
+  template <int kLive, class Visit>
+  __device__ __forceinline__ void visit_value(int r, int i, uint32_t pair, Visit& visit) {
+    visit(r, scan[r].template step<kLive>(i, ones), pair, i % 2 == 1);
   }
 
   __device__ __forceinline__ void skip_zeros() {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) scan[r].skip_zeros(ones);
+  }
+
+  // After half of the values of a vector.
+  __device__ __forceinline__ void halfway() {
+    if constexpr (kSinkRows_ == kFewSinkRows) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) scan[r].halfway(sink + r * kRowBytes);
+    }
   }
 
   __device__ __forceinline__ void advance() {

@@ -57,10 +57,8 @@ struct DenseWindow {
       : rows(static_cast<const char*>(window) + (b * batch_stride + h * head_stride) * 2),
         token_bytes(token_stride * 2) {}
 
-  // Vector i of a token, or zeros: hidden tokens are never read from memory that may not exist.
-  __device__ __forceinline__ uint4 vector(int token, bool visible, int i) const {
-    return visible ? __ldg(reinterpret_cast<const uint4*>(rows + token * token_bytes) + i)
-                   : make_uint4(0, 0, 0, 0);
+  __device__ __forceinline__ const uint4* vector(int token, int i) const {
+    return reinterpret_cast<const uint4*>(rows + token * token_bytes) + i;
   }
 };
 

@@ -20,6 +20,11 @@ __device__ __forceinline__ void store_zeros(uint32_t address) {  // 16 bytes
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
 }
 
+__device__ __forceinline__ void load16(uint32_t address, uint32_t& word) {
+  uint16_t bits;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address));
+  word = bits;
+}
 __device__ __forceinline__ void load(uint32_t address, uint32_t& word) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
 }
@@ -29,6 +34,21 @@ __device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[2]) {
 }
 __device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[4]) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
+}
+
+// 16 bytes of device memory that are read once.
+__device__ __forceinline__ void load_once(const void* from, uint32_t (&words)[4]) {
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from));
+}
+
+// ldmatrix of four 8 x 8 matrices of 16-bit values, transposed: lane l has the address of row l % 8 of matrix
+// l / 8.
+__device__ __forceinline__ void load_transposed(uint32_t address, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(address));
 }
@@ -43,12 +63,19 @@ __device__ __forceinline__ void copy_async(uint32_t address, const void* from) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes));
 }
+// 16 bytes from memory, or zeros. `from` must be in an allocation even so.
+__device__ __forceinline__ void copy_async_or_zeros(uint32_t address, const void* from, bool held) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(held ? 16 : 0));
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 // Waits for this thread's copies but those of the last kGroups groups.
 template <int kGroups>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups));
 }
+
+// Waits for all of them, committed or not.
+__device__ __forceinline__ void wait_all_copies() { asm volatile("cp.async.wait_all;"); }
 
 // By one warp.
 __device__ __forceinline__ void fill_zeros(uint32_t address, int bytes, int lane) {

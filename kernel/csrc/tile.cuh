@@ -18,7 +18,9 @@ namespace mustafar::cuda {
 constexpr int kTilePitch = kWarpSize * 4;  // bytes a channel
 constexpr int kMmaRows = 16, kMmaDepth = 16, kMmaColumns = 8;
 
-__host__ __device__ constexpr int tile_bytes(int channels) { return table_bytes(channels, kTilePitch); }
+__host__ __device__ constexpr int tile_bytes(int channels) {
+  return table_bytes(channels, kTilePitch, kFewSinkRows);
+}
 
 // Lane l's column of the tile whose channel 0 is at `tile`.
 __device__ __forceinline__ uint32_t tile_column(uint32_t tile, int lane) { return tile + lane * 4; }
@@ -30,15 +32,7 @@ struct Scatter {
   }
 };
 template <int kWords>
-using TileWalk = Walk<kWords, kTilePitch, 2>;
-
-// Stores 8 channels of a lane's two tokens, from the column of the first.
-__device__ __forceinline__ void store_column(uint32_t column, const uint4& first, const uint4& second) {
-  const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
-#pragma unroll
-  for (int i = 0; i < kVectorValues; ++i)
-    store32(column + i * kTilePitch, __byte_perm(a[i / 2], b[i / 2], i % 2 == 0 ? 0x5410 : 0x7632));
-}
+using TileWalk = Walk<kWords, kTilePitch, 2, kFewSinkRows>;
 
 // Weights of a slice: for each head 32 words, word l the weights of tokens l and l + 32. Rows are one and a
 // half times as far apart, so that 16-byte loads from neighbouring heads lie on different banks.
