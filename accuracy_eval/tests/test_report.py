@@ -173,6 +173,11 @@ def test_many_families_have_styles_of_their_own(tmp_path, monkeypatch):
     assert len(styles) == 17 == len(set(styles))
 
 
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert command.main([str(tmp_path / "*_dense"), "--report", str(tmp_path / "out")]) == 2
+    assert f"no folder {tmp_path / '*_dense'}" in capsys.readouterr().err
+
+
 def test_many_runs_are_plotted(tmp_path):
     folders = [make_run(tmp_path / "dense", {"qasper": bits("11")}, **DENSE)]
     for number in range(1, 8):

@@ -60,7 +60,12 @@ def load_rows(task: Task, data_dir: Path | None, *, longbench_e: bool) -> Rows:
     if data_dir is not None:
         path = find_file(data_dir, name)
         if path is None:
-            raise UserError(f"no {name} in {data_dir} or {data_dir / 'data'}")
+            stems = {p.stem for folder in (data_dir, data_dir / "data") for p in folder.glob("*.jsonl")}
+            there = sorted(s.removesuffix("_e") for s in stems if s.endswith("_e") == longbench_e)
+            raise UserError(
+                f"no {name} in {data_dir} or {data_dir / 'data'}; put it there, or choose with --datasets from "
+                f"what is there: {', '.join(there) or 'nothing'}"
+            )
     else:
         path = find_file(DEFAULT_DIR, name)
     if path is not None:

@@ -61,6 +61,8 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     UserError
         If it is no run, is scored by length (LongBench-E), is incomplete, or a line of it is malformed.
     """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; long_test.sh and pred_ruler.py predict, and say into which")
     config = read_config(folder)
     if config is None or "datasets" not in config:
         raise UserError(f"{folder} is no run: it has no {CONFIG}; predict with long_test.sh or pred_ruler.py")

@@ -72,7 +72,10 @@ def load_essays(path: Path) -> Essays:
             text = json.loads(text)["text"]
         words = text.split()
     except OSError as error:
-        raise UserError(f"--essays {path}: {error.strerror}; give a text file") from None
+        raise UserError(
+            f"--essays {path}: {error.strerror}; give a text file (RULER's haystack is Paul Graham's essays), or "
+            "leave --essays out, which makes some tasks easier"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'--essays {path}: neither UTF-8 text nor JSON of the form {{"text": "..."}} '
