@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +72,7 @@ def exact_match(
 ) -> dict[str, dict[str, float]]:
     """Percentage of rows answered exactly: task -> setting -> score."""
     right: dict[str, dict[str, list[bool]]] = {}
-    for row in rows:
+    for row in tqdm(rows, unit="row"):
         task = tasks[row["dataset"]]
         prompt = tokenizer(task["prompt"].format(**row)).input_ids
         said = answers(model, prompt, list(SETTINGS.values()), task["max_new_tokens"])

@@ -29,7 +29,8 @@ def _main(args: argparse.Namespace) -> None:
         return
     where = "" if args.output_dir == options.OUTPUT_DIR else f" --output_dir {args.output_dir}"
     script = Path(__file__).resolve().parents[2] / "eval_ruler.py"
-    print(f"score with: {sys.executable} {script} --model {path.name}{where}")
+    when = "" if store.is_joined(path) else "when all processes are done, "
+    print(f"{when}score with: {sys.executable} {script} --model {path.name}{where}")
 
 
 def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
