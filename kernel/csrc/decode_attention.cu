@@ -22,13 +22,17 @@ constexpr float kMaximumSlack = 8.f;
 struct MostHeads {
   constexpr int operator()(int channels) const { return channels == 256 ? 4 : 8; }
 };
-// Warps of a block at most: what shared memory and registers have room for.
-constexpr int max_warps(int channels, int heads) {
-  return channels == 256 ? 6 : channels == 64 ? 12 : heads > 4 ? 8 : 12;
-}
-// Where registers leave room for 8 warps only, slices are staged.
+// What slices come through, and warps of a block at most: what shared memory and registers have room for.
+// Straight to registers needs 12 warps to hide the latency of memory (measured: kernel/csrc/README.md).
 template <int kChannels, int kHeads>
-using SliceFeed = std::conditional_t<kChannels == 128 && (kHeads > 4), StagedFeed<4>, Feed<kChannels / 32>>;
+constexpr bool kDirect = kChannels == 128 && kHeads <= 4;
+template <int kChannels, int kHeads>
+using SliceFeed =
+    std::conditional_t<kDirect<kChannels, kHeads>, Feed<kChannels / 32>, StagedFeed<kChannels / 32>>;
+template <int kChannels, int kHeads>
+constexpr int kMaxWarps = kChannels == 64 || kDirect<kChannels, kHeads> ? 12
+                          : kChannels == 128                            ? 8
+                                                                        : 4;
 
 template <int kChannels, int kHeads>
 constexpr int kWarpBytes =
@@ -107,6 +111,7 @@ struct Worker {
     Scatter scatter;
     QueryWalk<Queries, kWords> key_walk(table + Queries::column(lane), head_dim);
     TileWalk<kWords> value_walk(tile_column(tile, lane), head_dim);
+    if constexpr (SomeFeed::kStagingBytes > 0) keys.fetch();
     keys.begin(key_walk, head_dim);
     keys.hide(key_walk);
     value_walk.has_gap = false;
@@ -115,7 +120,7 @@ struct Worker {
       const bool more = keys.more();
       const int key_vectors = more ? keys.vectors() : 0;
       scores.clear();
-      visit_both(Tour{values, value_walk, scatter}, value_vectors, Tour{keys, key_walk, scores}, key_vectors);
+      visit_both(Tour{keys, key_walk, scores}, key_vectors, Tour{values, value_walk, scatter}, value_vectors);
       keys.fetch();
       values.fetch();
       if (!first) multiply();
@@ -202,7 +207,7 @@ struct Worker {
 };
 
 template <class T, int kChannels, int kHeads>
-__global__ void __launch_bounds__(kWarpSize* max_warps(kChannels, kHeads), 1)
+__global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p,
                             const __grid_constant__ Plan plan, float score_scale) {
   using Queries = QueryTable<T, kChannels, kHeads>;
@@ -303,7 +308,7 @@ template <int kChannels, int kHeads>
 cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window_capacity, Blocks* blocks,
                     Plan* plan) {
   MUSTAFAR_CUDA_TRY(size_blocks(kTableBytes<kChannels>, kWarpBytes<kChannels, kHeads>,
-                                max_warps(kChannels, kHeads), 1, blocks));
+                                kMaxWarps<kChannels, kHeads>, 1, blocks));
   const int64_t units = slices + slices_of(window_capacity);
   *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), units, blocks->teams, blocks->resident);
   // No more warps than the block has units for, but 8 bring in the tables.

@@ -3,6 +3,7 @@
 // slice's start.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "rows.cuh"
@@ -15,6 +16,7 @@ class Feed {
  public:
   static constexpr int kBitmapWords = kWords, kStagingBytes = 0;
   static constexpr int kLoadAt = 0;
+  static constexpr bool kShortens = true;  // has registers and room for code that spares a word of bitmaps
 
   // Starts the first loads. begin() goes to the first slice.
   __device__ __forceinline__ Feed(const Slices& slices, uint32_t /*staging*/, int lane)
@@ -82,6 +84,7 @@ class Feed {
       if (!visible(r)) walk.park(r);
   }
 
+  static __device__ __forceinline__ void wait() {}
   // The next vector becomes the one at work.
   __device__ __forceinline__ void take() {
 #pragma unroll
@@ -95,6 +98,9 @@ class Feed {
     load();
   }
   static __device__ __forceinline__ void commit() {}
+  // So many vectors can be loaded ahead after look_up() and before the next.
+  static __device__ __forceinline__ int room() { return INT_MAX; }
+  __device__ __forceinline__ void look_up() {}
   // Two values of row r, of the vector at work.
   __device__ __forceinline__ uint32_t pair(int r, int i) const { return vector_[r][i]; }
 
@@ -144,6 +150,7 @@ __host__ __device__ constexpr First first_of(First first, Others...) {
 template <class SomeFeed, class SomeWalk, class SomeVisit>
 struct Tour {
   static constexpr int kWords = SomeWalk::kWords, kLoadAt = SomeFeed::kLoadAt;
+  static constexpr bool kShortens = SomeFeed::kShortens;
   SomeFeed& feed;
   SomeWalk& walk;
   SomeVisit& visit;
@@ -160,6 +167,7 @@ Tour(SomeFeed&, SomeWalk&, SomeVisit&) -> Tour<SomeFeed, SomeWalk, SomeVisit>;
 // Visits one vector. kGaps: rows may have runs of 32 zeros.
 template <bool kGaps, int kLive, class... Tours>
 __device__ __forceinline__ void visit_vector(int vector, Tours... tours) {
+  first_of(tours...).feed.wait();
   (tours.feed.take(), ...);
 #pragma unroll
   for (int i = 0; i < kVectorValues; ++i) {
@@ -182,22 +190,25 @@ __device__ __forceinline__ void visit_vectors(int vector, int until, Tours... to
 #pragma unroll 1
   for (; vector < until; ++vector) visit_vector<kGaps, kLive>(vector, tours...);
 }
-// The same, whatever the rows.
+// The same, whatever the rows and the layout.
 template <class... Tours>
 __device__ __forceinline__ void visit(int vector, int until, Tours... tours) {
-  if (vector >= until) return;
-  constexpr int kWords = first_of(Tours::kWords...);
-  if (__any_sync(kFullWarp, (tours.walk.has_gap || ...))) {
-    visit_vectors<true, kWords>(vector, until, tours...);
-    return;
+  constexpr int kWords = first_of(Tours::kWords...), kEarly = 32 / kVectorValues;
+  const bool gaps = __any_sync(kFullWarp, (tours.walk.has_gap || ...));
+  while (vector < until) {  // once, but for staged slices of the general layout
+    (tours.feed.look_up(), ...);
+    const int room[] = {tours.feed.room()...};
+    const int stop = vector + min(until - vector, min(room[0], room[sizeof...(Tours) - 1]));
+    if (gaps) {
+      visit_vectors<true, kWords>(vector, stop, tours...);
+    } else if constexpr (kWords == 4 && (Tours::kShortens && ...)) {  // 32 values use up a word of the bitmap
+      visit_vectors<false, kWords>(vector, min(stop, kEarly), tours...);
+      visit_vectors<false, kWords - 1>(max(vector, kEarly), stop, tours...);
+    } else {
+      visit_vectors<false, kWords>(vector, stop, tours...);
+    }
+    vector = stop;
   }
-  if constexpr (kWords == 4) {  // after 32 values a word of the bitmap is used up
-    constexpr int kEarly = 32 / kVectorValues;
-    visit_vectors<false, kWords>(vector, min(until, kEarly), tours...);
-    visit_vectors<false, kWords - 1>(max(vector, kEarly), until, tours...);
-    return;
-  }
-  visit_vectors<false, kWords>(vector, until, tours...);
 }
 
 // All vectors of a tour.

@@ -1,5 +1,6 @@
 #include "feed.cuh"
 #include "launch.cuh"
+#include "staged_feed.cuh"
 #include "tile.cuh"
 #include "value_output.h"
 
@@ -9,11 +10,12 @@ namespace {
 struct MostHeads {  // of a pass: rows of the mma
   constexpr int operator()(int /*channels*/) const { return 8; }
 };
-constexpr int max_warps(int channels) { return channels == 256 ? 6 : 12; }
+constexpr int max_warps(int channels) { return channels == 256 ? 6 : 10; }
 template <int kChannels>
-using ValueFeed = Feed<kChannels / 32>;
+using ValueFeed = StagedFeed<kChannels / 32>;
 template <int kChannels, int kHeads>
-constexpr int kWarpBytes = tile_bytes(kChannels) + weights_bytes(kHeads);
+constexpr int kWarpBytes =
+    tile_bytes(kChannels) + weights_bytes(kHeads) + ValueFeed<kChannels>::kStagingBytes;
 
 // Each warp expands slices of 64 values into its tile, one after another, and multiplies each by the
 // probabilities of all heads of the pass at once. The block adds up its warps; `partial` holds the sums of
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
   const Slices slices(p.value, at.b, at.kv_head, bitmap_words(p.head_dim),
                       {at.split * block_warps + warp, static_cast<int32_t>(slices_of(p.tokens)),
                        plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
-  ValueFeed<kChannels> feed(slices, 0, lane);
+  ValueFeed<kChannels> feed(slices, weights + weights_bytes(kHeads), lane);
   const uint16_t* probabilities =
       static_cast<const uint16_t*>(p.p) + at.b * p.p_batch_stride + at.first_head * p.p_head_stride;
   uint32_t pairs[kHeads];  // of the lane's two tokens of a slice
@@ -56,6 +58,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
     Scatter scatter;
     TileWalk<ValueFeed<kChannels>::kBitmapWords> walk(tile_column(tile, lane), p.head_dim);
     load_pairs(slices.first);
+    feed.fetch();
     feed.begin(walk, p.head_dim);
     feed.hide(walk);
     while (feed.more()) {
@@ -71,6 +74,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
       feed.hide(walk);
     }
   }
+  wait_copies<0>();
 
   product.store(reinterpret_cast<float*>(own), lane);
   __syncthreads();
