@@ -30,7 +30,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KERNELS = ("mustafar", "_prune_compress_kernel", "_count_kernel", "_fill_kernel", "_decompress_kernel")
-IN_OUR_KERNEL = re.compile(rf"(=+ +|access )at [^\n]*({'|'.join(KERNELS)})")
+IN_OUR_KERNEL = re.compile(rf"(=+ +at|access at|Device Frame:) [^\n]*({'|'.join(KERNELS)})")
 FOUND, TIMEOUT_S = 99, 150
 
 # Case: what decode_steps.step takes. Small: racecheck runs kernels some hundred times slower.
