@@ -10,27 +10,9 @@
 
 namespace mustafar::cuda {
 
-//   kWords  32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
-template <int kWords>
-class Feed {
+// The slice that a warp is at, of those it goes through.
+class SliceCursor {
  public:
-  static constexpr int kBitmapWords = kWords, kStagingBytes = 0;
-  static constexpr int kLoadAt = 0;
-  static constexpr bool kShortens = true;  // has registers and room for code that spares a word of bitmaps
-
-  // Starts the first loads. begin() goes to the first slice.
-  __device__ __forceinline__ Feed(const Slices& slices, uint32_t /*staging*/, int lane)
-      : slices_(slices), lane_(lane), slice_(slices.first - slices.stride) {
-    if (slices.first >= slices.end) return;
-    width_ = slices.width(slices.first);
-    fetch();
-    const int vectors = slices.vectors_of(width_);
-    if (vectors > 0) {
-      from_ = address(slices.first);
-      load();
-    }
-  }
-
   // Whether the walk is at a slice.
   __device__ __forceinline__ bool more() const { return slice_ < slices_.end; }
   __device__ __forceinline__ int slice() const { return slice_; }
@@ -40,6 +22,44 @@ class Feed {
     return slices_.visible(slice_, lane_ + row * kWarpSize);
   }
   __device__ __forceinline__ int vectors() const { return vectors_; }
+  // Takes hidden tokens out of a walk that has begun.
+  template <class SomeWalk>
+  __device__ __forceinline__ void hide(SomeWalk& walk) const {
+    if (whole() || !more()) return;
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r)
+      if (!visible(r)) walk.park(r);
+  }
+
+ protected:
+  __device__ __forceinline__ SliceCursor(const Slices& slices, int lane)
+      : slices_(slices), lane_(lane), slice_(slices.first - slices.stride) {}
+
+  const Slices& slices_;
+  const int lane_;
+  int slice_, vectors_ = 0;
+};
+
+//   kWords  32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
+template <int kWords>
+class Feed : public SliceCursor {
+ public:
+  static constexpr int kBitmapWords = kWords, kStagingBytes = 0;
+  static constexpr int kLoadAt = 0;
+  static constexpr bool kShortens = true;  // has registers and room for code that spares a word of bitmaps
+
+  // Starts the first loads. begin() goes to the first slice.
+  __device__ __forceinline__ Feed(const Slices& slices, uint32_t /*staging*/, int lane)
+      : SliceCursor(slices, lane) {
+    if (slices.first >= slices.end) return;
+    width_ = slices.width(slices.first);
+    fetch();
+    const int vectors = slices.vectors_of(width_);
+    if (vectors > 0) {
+      from_ = address(slices.first);
+      load();
+    }
+  }
 
   // Starts loading the bitmaps of the next slice, or of any if there is none: once before every begin(), as
   // early as there are registers for them.
@@ -75,15 +95,6 @@ class Feed {
       }
     }
   }
-  // Takes hidden tokens out of a walk that has begun.
-  template <class SomeWalk>
-  __device__ __forceinline__ void hide(SomeWalk& walk) const {
-    if (whole() || !more()) return;
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r)
-      if (!visible(r)) walk.park(r);
-  }
-
   static __device__ __forceinline__ void wait() {}
   // The next vector becomes the one at work.
   __device__ __forceinline__ void take() {
@@ -131,9 +142,6 @@ class Feed {
     }
   }
 
-  const Slices& slices_;
-  const int lane_;
-  int slice_, vectors_ = 0;
   uint32_t words_[kRowsPerLane][kWords];  // bitmaps of the next slice
   int32_t width_ = 0, width_after_ = 0;   // of the next slice and the one after it, in the general layout
   uint32_t vector_[kRowsPerLane][4], next_[kRowsPerLane][4];  // at work, and the one after it

@@ -6,6 +6,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "feed.cuh"
 #include "rows.cuh"
 #include "shared.cuh"
 
@@ -14,7 +15,7 @@ namespace mustafar::cuda {
 // Lanes stage and read nothing but their own rows, so no barrier is needed.
 //   kWords  32-bit words of a row's bitmap, rounded up to what the kernel is compiled for
 template <int kWords>
-class StagedFeed {
+class StagedFeed : public SliceCursor {
   static constexpr int kRing =
       2;  // vectors of each row that are staged, there or on their way (3: not faster)
   static constexpr int kWordBytes = kWords * 4;
@@ -29,11 +30,9 @@ class StagedFeed {
 
   // Starts the first copies. fetch() and begin() go to the first slice.
   __device__ __forceinline__ StagedFeed(const Slices& slices, uint32_t staging, int lane)
-      : slices_(slices),
-        lane_(lane),
+      : SliceCursor(slices, lane),
         staged_words_(staging + lane * kWordBytes),
         staged_vectors_(staging + kStagingBytes - kRing * kSlotBytes + lane * 16),
-        slice_(slices.first - slices.stride),
         cursor_(slice_) {
     if (slices.first < slices.end) {
       fetch_bitmaps(slices.first);
@@ -52,16 +51,6 @@ class StagedFeed {
     }
     commit_copies();
   }
-
-  // Whether the walk is at a slice.
-  __device__ __forceinline__ bool more() const { return slice_ < slices_.end; }
-  __device__ __forceinline__ int slice() const { return slice_; }
-  // Whether all tokens of the slice are visible; and if not, which.
-  __device__ __forceinline__ bool whole() const { return slices_.whole(slice_); }
-  __device__ __forceinline__ bool visible(int row) const {
-    return slices_.visible(slice_, lane_ + row * kWarpSize);
-  }
-  __device__ __forceinline__ int vectors() const { return vectors_; }
 
   // Waits for the bitmaps of the next slice: they were copied when this one began.
   __device__ __forceinline__ void fetch() const {
@@ -85,15 +74,6 @@ class StagedFeed {
     fetch_bitmaps(next);
     next_width_ = slices_.width(next);
   }
-  // Takes hidden tokens out of a walk that has begun.
-  template <class SomeWalk>
-  __device__ __forceinline__ void hide(SomeWalk& walk) const {
-    if (whole() || !more()) return;
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r)
-      if (!visible(r)) walk.park(r);
-  }
-
   // Waits for the next vector of the walks, and takes it.
   static __device__ __forceinline__ void wait() { wait_copies<kRing - 1>(); }
   __device__ __forceinline__ void take() {
@@ -168,11 +148,8 @@ class StagedFeed {
     }
   }
 
-  const Slices& slices_;
-  const int lane_;
   const uint32_t staged_words_, staged_vectors_;  // of row 0: addresses in shared memory
   uint32_t slot_ = 0;                             // of the ring, at work
-  int slice_, vectors_ = 0;
   int32_t next_width_ = 0;
   uint32_t vector_[kRowsPerLane][4];  // at work
   // What is copied next.
