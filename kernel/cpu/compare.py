@@ -1,8 +1,9 @@
 """The CPU kernels beside dense PyTorch in interleaved rounds, written to kernel/results/cpu_attention.json.
 
-`python kernel/cpu/compare.py [--rounds N]`. A round calls everything once, so that whatever else the machine does
-falls on all alike; minima and medians are over rounds. Dense attention is the fastest of scaled_dot_product_attention
-and plain matrix products, in float32, bfloat16 and float16, a group's queries as rows (one read of K serves them).
+`python kernel/cpu/compare.py [--rounds N]`. A round calls everything once, in random order, so that whatever else the
+machine does falls on all alike; minima and medians are over rounds. Dense attention is the fastest of
+scaled_dot_product_attention and plain matrix products, in float32, bfloat16 and float16, a group's queries as rows
+(one read of K serves them).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -42,10 +44,14 @@ def cpu_model() -> str:
 
 
 def in_rounds(calls: Calls, rounds: int) -> dict[str, dict[str, float]]:
-    """Minimum and median milliseconds of each call."""
+    """Minimum and median milliseconds of each call. Each round has an order of its own, so that no call always finds
+    the caches and clocks that the same other call left."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
+    shuffle = random.Random(0).shuffle
     for index in range(rounds + 1):
-        for name, call in calls.items():
+        shuffle(order)
+        for name, call in order:
             start = time.perf_counter()
             call()
             if index:  # the first round warms up
