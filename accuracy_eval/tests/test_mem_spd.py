@@ -42,7 +42,29 @@ def test_a_run(tmp_path, capsys) -> None:
     }
 
 
-def test_tables_of_several_runs_become_one(tmp_path, capsys) -> None:
+def test_bandwidth_is_that_of_the_fastest_copies(monkeypatch) -> None:
+    """Not those before clocks are up, however fast; not those that something else got in the way of."""
+    seconds = iter([0.001, 0.2, 0.2, 0.02, 0.08, 0.01, 0.08, 0.02, 0.08, 0.02, 0.08])
+    monkeypatch.setattr(measure, "seconds_of", lambda work, device: work() or next(seconds))
+    found = measure.bandwidth(torch.device("cpu"))
+    assert found == pytest.approx(2 * measure.COPIES * (1 << 26) / 0.01) and next(seconds, None) is None
+
+
+def test_seconds_of(monkeypatch) -> None:
+    clock = iter([5.0, 7.5])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert measure.seconds_of(lambda: None, torch.device("cpu")) == 2.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_seconds_of_a_gpu_s_work() -> None:
+    """By the GPU's clock: a thousand million cycles take no less than 0.1 s on any."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert 0.1 < measure.seconds_of(lambda: torch.cuda._sleep(1_000_000_000), device) < 60
+
+
+def test_tables_of_several_runs_become_one(tmp_path, capsys, monkeypatch) -> None:
     base = "--model tiny --batch 1 --quick --device cpu --no_plots --sections steps --commit abc --modes"
     assert main([*base.split(), "dense-flash", "--context", "100", "150", "--out", str(tmp_path / "a")]) == 0
     assert main([*base.split(), "mustafar-0.7", "--context", "100", "--out", str(tmp_path / "b")]) == 0
@@ -52,12 +74,20 @@ def test_tables_of_several_runs_become_one(tmp_path, capsys) -> None:
     tables = [str(tmp_path / name / "mem_spd.csv") for name in "ab"]
     assert report.main([*tables, "--out", str(tmp_path / "all")]) == 0
     assert "x dense-flash" in capsys.readouterr().out and (tmp_path / "all" / "throughput_batch.png").exists()
-    rows = report.read_csv(tmp_path / "all" / "mem_spd.csv")
+    table = tmp_path / "all" / "mem_spd.csv"
+    rows = report.read_csv(table)
     assert [(row["mode"], row["context"], row["ranks"], row["commit"]) for row in rows] == [
         ("dense-flash", 100, 1, "abc"),
         ("dense-flash", 150, 1, "abc"),
         ("mustafar-0.7", 100, 1, "abc"),
     ]
+    report.write_csv([rows[0] | {"note": "a remark"}, *rows[1:]], table)
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda rows, folder: drawn.extend(rows) or [])
+    capsys.readouterr()
+    assert report.main([str(table), "--context", "100", "--out", str(tmp_path / "all")]) == 0
+    assert [row["context"] for row in drawn] == [100, 100] and len(report.read_csv(table)) == 3
+    assert "x dense-flash" in capsys.readouterr().out  # a note beside figures takes nothing away
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for name, said in (("other.csv", "not a table"), ("none.csv", "No such file")):
         with pytest.raises(SystemExit):

@@ -15,6 +15,8 @@ from .modes import Mode, Shape
 
 Row = dict[str, Any]
 CHUNK = 16  # steps timed together, so that reading the clock costs nothing
+COPIES = 4  # copies timed together
+COPY_SECONDS = 0.3  # of copies that do not count, and again of those that do
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -88,19 +90,44 @@ def fill(cache: Any, model: Any, shape: Shape, batch: int, tokens: int) -> None:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy, read and write together: what the floor of a step is computed from."""
+    """Bytes per second of a copy, read and write together: what the floor of a step is computed from.
+
+    The fastest of many groups of copies, timed where they run, after as many that do not count: a GPU that was idle
+    may have to raise its clocks, and a busy host launches late. A median of the first 20 ms, by the host's clock, has
+    come out at half the bandwidth on an H200 whose next run had all of it. A group is never faster than the memory.
+    """
     size = 1 << 30 if device.type == "cuda" else 1 << 26
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    # Not zeros: those of a CPU may all be one page, which is read from a cache.
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        sync(device)
-        start = time.perf_counter()
-        for _ in range(4):
+
+    def copies() -> None:
+        for _ in range(COPIES):
             target.copy_(source)
-        sync(device)
-        times.append((time.perf_counter() - start) / 4)
-    return 2 * size / quantile(times[2:], 0.5)
+
+    def groups(least: int) -> list[float]:
+        times: list[float] = []
+        while len(times) < least or sum(times) < COPY_SECONDS:
+            times.append(seconds_of(copies, device))
+        return times
+
+    groups(1)
+    return 2 * size * COPIES / min(groups(8))
+
+
+def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds that `work` takes, on a GPU by the GPU's own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        begin.record()
+        work()
+        end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def agreed(value: int, device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """CSV, tables and plots of what was measured. Several runs become one table with
 
-python -m benchmarks.speed.report a/mem_spd.csv b/mem_spd.csv --out speed
+python -m benchmarks.speed.report a/mem_spd.csv b/mem_spd.csv --out speed [--context 8192]
 """
 
 from __future__ import annotations
@@ -98,10 +98,15 @@ def _short(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
+def measured(row: Row) -> bool:
+    """Whether there are figures; the note of other rows says why not."""
+    return "tokens_per_s" in row
+
+
 def line(row: Row) -> str:
     """A row in a few words, for the terminal."""
     text = f"{row['mode']:<22} batch {row['batch']:<4} context {row['context']:<7}"
-    if row.get("note"):
+    if not measured(row):
         return f"{text} {row['note']}"
     if row["section"] == "generation":
         text += f" TTFT {row['ttft_s']:.3f} s, {row['new_tokens']} new: {row['tokens_per_s']:.1f} tokens/s"
@@ -120,7 +125,7 @@ def line(row: Row) -> str:
 
 def comparison(rows: Sequence[Row]) -> str:
     """Step times of all modes side by side, with tokens per second relative to each dense mode."""
-    parts = [row for row in rows if row["section"] == "steps" and not row.get("note")]
+    parts = [row for row in rows if row["section"] == "steps" and measured(row)]
     lines = []
     for key in dict.fromkeys((row["batch"], row["context"]) for row in parts):
         group = {row["mode"]: row for row in parts if (row["batch"], row["context"]) == key}
@@ -145,8 +150,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    steps = [row for row in rows if row["section"] in ("steps", "largest") and not row.get("note")]
-    generated = [row for row in rows if row["section"] == "generation" and not row.get("note")]
+    steps = [row for row in rows if row["section"] in ("steps", "largest") and measured(row)]
+    generated = [row for row in rows if row["section"] == "generation" and measured(row)]
     written = []
     if steps:
         written.append(_lines(steps, "batch", "batch size", "tokens_per_s", folder / "throughput_batch.png"))
@@ -229,6 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.report", description=main.__doc__)
     parser.add_argument("tables", nargs="+", type=Path, help="mem_spd.csv of runs")
     parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for mem_spd.csv and plots")
+    parser.add_argument(
+        "--context", nargs="+", type=int, help="draw these contexts only; the table keeps all (default: all)"
+    )
     args = parser.parse_args(arguments)
     try:
         rows = [row for path in args.tables for row in read_csv(path)]
@@ -237,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, args.out / "mem_spd.csv")
     print(comparison(rows))
-    print("written: " + ", ".join(map(str, [args.out / "mem_spd.csv", *draw(rows, args.out)])))
+    drawn = [row for row in rows if args.context is None or row["context"] in args.context]
+    print("written: " + ", ".join(map(str, [args.out / "mem_spd.csv", *draw(drawn, args.out)])))
     return 0
 
 
