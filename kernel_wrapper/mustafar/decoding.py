@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from mustafar.sampling import Sampling, largest
 
 WARM_UP_STEPS = 3
 CHECK_EVERY = 16  # steps between questions to the device whether all sequences have ended
+DECODERS: weakref.WeakSet[Decoder] = weakref.WeakSet()  # for mustafar.parallel.leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Decoder:
         self.sampling, self.mlp_tokens = sampling, mlp_tokens
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captures = 0
+        DECODERS.add(self)
 
         defaults = model.generation_config
         eos = defaults.eos_token_id if eos_token_id is None else eos_token_id

@@ -12,6 +12,7 @@ the second command on each of the nodes. In the script, all ranks do the same::
     model = AutoModelForCausalLM.from_pretrained(name, dtype="float16", tp_plan="auto")
     cache = MustafarCache(model.config, k_sparsity=0.7, v_sparsity=0.7)
     output = model.generate(**inputs, past_key_values=cache)
+    mustafar.parallel.leave()  # not torch.distributed.destroy_process_group() alone: see there
 
 `device_map="auto"` is for one process, started with plain `python`. A rank's KV heads must be whole ones:
 `check_tensor_parallel` says so before a model is loaded, and `MustafarCache` asks it where transformers tells a
@@ -20,8 +21,10 @@ config its degree.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 
@@ -56,3 +59,21 @@ def tensor_parallel_ranks(config: PreTrainedConfig) -> int:
         return 1  # a plan of the user's own, which may leave attention whole
     ranks = read("tp_size")
     return ranks if isinstance(ranks, int) else 1
+
+
+def leave() -> None:
+    """Leave the process group at the end of a script, captured graphs first; without one, do nothing.
+
+    NCCL gives a communicator up when no CUDA graph that was captured with it is left, and until then
+    `destroy_process_group` waits, without a message. Such graphs are in every `Decoder`, and `generate` with a static
+    cache leaves them with torch.compile. Both capture again if they are used later.
+    """
+    from mustafar.decoding import DECODERS
+
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    for decoder in list(DECODERS):
+        decoder.forget_step()
+    torch.compiler.reset()
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     import torch
+    from mustafar.parallel import leave
 
     from ..shared.models import resolve_device
     from . import dense, presets, report
@@ -156,7 +157,7 @@ def _run(args: argparse.Namespace) -> int:
                 call = functools.partial(largest_row, model, mode, first, steps, speed, progress)
                 attempt("largest", mode, 0, first, lambda: [call()])  # noqa: B023
     if ranks.count > 1:
-        torch.distributed.destroy_process_group()
+        leave()
     if not args.no_plots and speaks:
         try:
             say("written: " + ", ".join(str(path) for path in report.draw(rows, args.out)))

@@ -49,7 +49,10 @@ class Ranks:
         if self.count > 1 and not torch.distributed.is_initialized():
             if device.startswith("cuda"):
                 torch.cuda.set_device(device)
-            torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+                # With its device, NCCL connects here and not at the first sum, which might be inside a capture.
+                torch.distributed.init_process_group("nccl", device_id=torch.device(device))
+            else:
+                torch.distributed.init_process_group("gloo")
 
     def share(self, options: dict[str, Any]) -> dict[str, Any]:
         """A preset's config options, divided.
