@@ -255,7 +255,8 @@ class Decoder:
                 warnings.warn(f"the step is captured without compiled parts: {reason}", stacklevel=2)
                 self._warm_up()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Other threads may ask the device something meanwhile, as NCCL's watchdog does: "global" forbids it.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()
         self.graph = graph
         self.captures += 1

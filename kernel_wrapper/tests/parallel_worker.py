@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 SHORT = {"residual_length": 8, "flush_every": 16}
 DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
-STAGE_SECONDS = {"cpu": 120, "cuda": 50}
+STAGE_SECONDS = {"cpu": 120, "cuda": 70}
 START = time.monotonic()
 CACHES = {
     "kernel": {},
     "simulate": {"backend": "simulate"},
     "static": {"static": True, "max_length": 200},
     "decoder": {"static": True, "max_length": 200},
+    "captured": {"static": True, "max_length": 200},
 }
 
 
@@ -48,7 +49,9 @@ def load(folder: Path, device: str) -> PreTrainedModel:
     ranks = torch.distributed.get_world_size()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     mesh = torch.distributed.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
-    model = apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(dict(model.tp_plan)))
+    expand = getattr(model, "_expand_parallel_plan", None)  # transformers 5.17 takes the plan from the model
+    plan = () if expand is None else (expand(dict(model.tp_plan)),)
+    model = apply_tensor_parallelism(model, mesh, *plan)
     model.config.distributed_config = DistributedConfig(tp_size=ranks)
     return model
 
@@ -56,8 +59,9 @@ def load(folder: Path, device: str) -> PreTrainedModel:
 def decode(model: PreTrainedModel, kind: str, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
     """Tokens [B, T] of one kind of cache, and the KV heads that the cache holds."""
     cache = MustafarCache(model.config, 0.6, 0.6, **CACHES[kind], **SHORT)
-    if kind == "decoder":
-        tokens = Decoder(model, cache, len(ids), graph=False).generate(ids, mask, 30).sequences
+    if kind in ("decoder", "captured"):
+        decoder = Decoder(model, cache, len(ids), graph=kind == "captured")
+        tokens = decoder.generate(ids, mask, 30).sequences
     else:
         tokens = generate(model, ids, cache, 30, attention_mask=mask)
     return tokens.cpu(), cache.layers[0].kv_heads

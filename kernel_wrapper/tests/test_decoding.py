@@ -176,7 +176,7 @@ def _pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
         "stream": lambda s: contextlib.nullcontext(),
-        "graph": lambda g: contextlib.nullcontext(),
+        "graph": lambda g, **options: contextlib.nullcontext(),
         "CUDAGraph": _EagerGraph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
