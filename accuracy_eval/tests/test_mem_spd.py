@@ -95,6 +95,27 @@ def test_tables_of_several_runs_become_one(tmp_path, capsys, monkeypatch) -> Non
         assert said in capsys.readouterr().err
 
 
+def test_numbers_of_ranks_are_not_mixed(tmp_path, monkeypatch) -> None:
+    row = {"section": "steps", "batch": 1, "context": 100, "tokens_per_s": 1.0}
+    rows = [
+        row | {"ranks": ranks, "mode": mode, "ms_step": ms}
+        for ranks, mode, ms in (
+            (2, "dense", 3.0),
+            (1, "dense", 4.0),
+            (1, "mustafar-0.7", 2.0),
+            (2, "mustafar-0.7", 2.0),
+        )
+    ]
+    assert report.comparison(rows).splitlines() == [
+        "2 ranks, batch 1, 100 tokens: mustafar-0.7 2.000 ms: 1.50x dense",
+        "batch 1, 100 tokens: mustafar-0.7 2.000 ms: 2.00x dense",
+    ]
+    drawn = []
+    monkeypatch.setattr(report, "_lines", lambda rows, *_: drawn.extend(rows) or tmp_path)
+    report.draw(rows, tmp_path)
+    assert [row["ranks"] for row in drawn] == [2, 2]
+
+
 def test_auto_says_what_it_chose(tmp_path) -> None:
     arguments = (
         "--model tiny --context 200 --batch 1 --quick --device cpu --no_plots --modes mustafar-auto-0.7"

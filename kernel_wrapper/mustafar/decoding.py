@@ -255,7 +255,7 @@ class Decoder:
                 warnings.warn(f"the step is captured without compiled parts: {reason}", stacklevel=2)
                 self._warm_up()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may ask the device something meanwhile, as NCCL's watchdog does: "global" forbids it.
+            # With "global", a call of another thread, such as a loader pinning memory, would break the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()
         self.graph = graph

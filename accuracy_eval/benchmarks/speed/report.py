@@ -127,20 +127,23 @@ def comparison(rows: Sequence[Row]) -> str:
     """Step times of all modes side by side, with tokens per second relative to each dense mode."""
     parts = [row for row in rows if row["section"] == "steps" and measured(row)]
     lines = []
-    for key in dict.fromkeys((row["batch"], row["context"]) for row in parts):
-        group = {row["mode"]: row for row in parts if (row["batch"], row["context"]) == key}
+    for key in dict.fromkeys((row["ranks"], row["batch"], row["context"]) for row in parts):
+        ranks, batch, context = key
+        where = f"{ranks} ranks, " if ranks > 1 else ""
+        group = {row["mode"]: row for row in parts if (row["ranks"], row["batch"], row["context"]) == key}
         dense = [name for name in group if name.startswith("dense")]
         for name, row in group.items():
             if not name.startswith("dense"):
                 ratios = ", ".join(f"{group[d]['ms_step'] / row['ms_step']:.2f}x {d}" for d in dense)
-                lines.append(
-                    f"batch {key[0]}, {key[1]} tokens: {name} {row['ms_step']:.3f} ms: {ratios or 'alone'}"
-                )
+                time = f"{name} {row['ms_step']:.3f} ms"
+                lines.append(f"{where}batch {batch}, {context} tokens: {time}: {ratios or 'alone'}")
     return "\n".join(lines)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Tokens per second against batch and against new tokens; the files written.
+
+    A plot is of one number of ranks, the first row's.
 
     Raises
     ------
@@ -150,6 +153,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    rows = [row for row in rows if row["ranks"] == rows[0]["ranks"]]
     steps = [row for row in rows if row["section"] in ("steps", "largest") and measured(row)]
     generated = [row for row in rows if row["section"] == "generation" and measured(row)]
     written = []
