@@ -154,6 +154,9 @@ __host__ __device__ constexpr First first_of(First first, Others...) {
   return first;
 }
 
+__device__ __forceinline__ uint32_t least_of(uint32_t a) { return a; }
+__device__ __forceinline__ uint32_t least_of(uint32_t a, uint32_t b) { return min(a, b); }
+
 // A walk through the slice of a feed, and what is done with every value.
 template <class SomeFeed, class SomeWalk, class SomeVisit>
 struct Tour {
@@ -185,7 +188,7 @@ __device__ __forceinline__ void visit_vector(int vector, Tours... tours) {
     }
     if (i == kVectorValues / 2) (tours.walk.halfway(), ...);
     if constexpr (kGaps)
-      while (__any_sync(kFullWarp, (tours.walk.stalled() || ...))) (tours.walk.skip_zeros(), ...);
+      while (__any_sync(kFullWarp, least_of(tours.walk.least()...) == 0)) (tours.walk.skip_zeros(), ...);
     (tours.template visit_value<kLive>(i), ...);
   }
   (tours.walk.advance(), ...);

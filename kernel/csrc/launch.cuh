@@ -159,9 +159,11 @@ cudaError_t dispatch(DType dtype, int head_dim, const Run& run) {
 }
 
 // Heads of a pass that a kernel is compiled for.
-constexpr int compiled_heads(int heads) { return heads <= 1 ? 1 : heads <= 2 ? 2 : heads <= 4 ? 4 : 8; }
+constexpr int compiled_heads(int heads) {
+  return heads <= 2 ? std::max(heads, 1) : heads <= 4 ? 4 : heads <= 6 ? 6 : 8;
+}
 
-// The same with the query heads of a pass, std::integral_constant 1, 2, 4 or 8: at most MostHeads()(channels)
+// The same with the query heads of a pass, std::integral_constant 1, 2, 4, 6 or 8: at most MostHeads()(channels)
 // of the group's.
 template <class MostHeads, class Run>
 cudaError_t dispatch_heads(DType dtype, int head_dim, int group, MostHeads, const Run& run) {
@@ -175,6 +177,8 @@ cudaError_t dispatch_heads(DType dtype, int head_dim, int group, MostHeads, cons
         return run(element, channels, std::integral_constant<int, 2>());
       case 4:
         return run(element, channels, std::integral_constant<int, 4>());
+      case 6:
+        return run(element, channels, std::integral_constant<int, std::min(6, kMost)>());
       default:
         return run(element, channels, std::integral_constant<int, kMost>());
     }

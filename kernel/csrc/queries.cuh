@@ -22,7 +22,7 @@ struct QueryTable {
   static constexpr int kPitch = kChannels == 256 ? 64 : 128;
   static constexpr int kBytes = table_bytes(kChannels, kPitch, kSinkRows);
   static constexpr bool kFloat = kHeads <= 4;
-  static constexpr int kEntryWords = kFloat ? kHeads : kHeads / 2;
+  static constexpr int kEntryWords = kFloat ? kHeads : 4;  // 6 heads leave one unused
   static constexpr int kEntryBytes = 4 * kEntryWords;
   static constexpr int kScratchBytes = kEntryBytes * kChannels;  // for fill()
 

@@ -197,7 +197,8 @@ struct Walk {
     for (int r = 0; r < kRowsPerLane; ++r) scan[r].advance(sink + r * kRowBytes);
   }
 
-  __device__ __forceinline__ bool stalled() const { return scan[0].stalled() || scan[1].stalled(); }
+  // Zero if a row is stalled: a minimum, where a test per row would be a chain of predicates.
+  __device__ __forceinline__ uint32_t least() const { return min(scan[0].bits[0], scan[1].bits[0]); }
 
  private:
   // Ones for what is not a channel in word i of the upper half: head_dim is more than half of the channels

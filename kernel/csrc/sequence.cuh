@@ -57,9 +57,7 @@ struct DenseWindow {
       : rows(static_cast<const char*>(window) + (b * batch_stride + h * head_stride) * 2),
         token_bytes(token_stride * 2) {}
 
-  __device__ __forceinline__ const uint4* vector(int token, int i) const {
-    return reinterpret_cast<const uint4*>(rows + token * token_bytes) + i;
-  }
+  __device__ __forceinline__ const char* row(int token) const { return rows + token * token_bytes; }
 };
 
 }  // namespace mustafar::cuda

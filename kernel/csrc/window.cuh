@@ -39,12 +39,14 @@ class Window {
 
   // Starts the copies of the values to the tile.
   __device__ __forceinline__ void fetch_values() const {
-#pragma unroll 8
-    for (int i = lane_; i < kSliceTokens * kVectors; i += kWarpSize) {
-      const int token = i / kVectors, vector = i % kVectors;
+    constexpr int kAtOnce = kWarpSize / kVectors;  // tokens
+    const int vector = lane_ % kVectors;
+    const char* from = values_.row(first_ + lane_ / kVectors) + vector * 16;
+#pragma unroll 4
+    for (int token = lane_ / kVectors; token < kSliceTokens; token += kAtOnce) {
       const bool held = vector < vectors_ && sequence_.in_window(first_ + token);
-      copy_async_or_zeros(at(token, vector), values_.vector(held ? first_ + token : 0, held ? vector : 0),
-                          held);
+      copy_async_or_zeros(at(token, vector), held ? from : values_.rows, held);
+      from += kAtOnce * values_.token_bytes;
     }
     commit_copies();
   }
@@ -60,14 +62,19 @@ class Window {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         queries[span][i] = Queries::pair(table_, q, 32 * span + kVectorValues * q + 2 * i, g % kHeads);
-#pragma unroll
+    const char* row = keys_.row(first_ + g) + q * 16;
+#pragma unroll 2
     for (int tokens = 0; tokens < kSliceTokens; tokens += kMmaRows) {
+      const bool held[2] = {sequence_.in_window(first_ + tokens + g), sequence_.in_window(first_ + tokens + g + 8)};
+      const char* const rows[2] = {row, row + 8 * keys_.token_bytes};
       uint4 low[kSpans], high[kSpans];  // tokens g and g + 8
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
-        low[span] = key(tokens + g, 4 * span + q);
-        high[span] = key(tokens + g + 8, 4 * span + q);
+        const bool channels = 4 * span + q < vectors_;
+        low[span] = load_or_zeros(rows[0] + span * 64, held[0] && channels);
+        high[span] = load_or_zeros(rows[1] + span * 64, held[1] && channels);
       }
+      row += kMmaRows * keys_.token_bytes;
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int span = 0; span < kSpans; ++span) {
@@ -120,10 +127,8 @@ class Window {
   __device__ __forceinline__ uint32_t at(int token, int vector) const {
     return tile_ + token * kRowBytes + (vector ^ (token % 4 + token / kWarpSize * 4)) * 16;
   }
-  __device__ __forceinline__ uint4 key(int token, int vector) const {
-    return vector < vectors_ && sequence_.in_window(first_ + token)
-               ? __ldg(keys_.vector(first_ + token, vector))
-               : make_uint4(0, 0, 0, 0);
+  static __device__ __forceinline__ uint4 load_or_zeros(const char* from, bool held) {
+    return held ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
   }
 
   const Sequence& sequence_;
