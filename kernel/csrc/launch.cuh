@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../params.h"
+#include "cluster.cuh"
 #include "plan.cuh"
 #include "rows.cuh"
 
@@ -46,14 +47,22 @@ inline cudaError_t size_blocks(int fixed, int per_team, int most_teams, int team
 }
 
 constexpr int kMaxSplits = 256;
-// What a block costs beside its slices, in slices of one warp: tables, merging, the combining kernel.
-constexpr int kSplitOverhead = 3;
+// What a block costs beside its slices, in slices of one warp: tables, merging.
+constexpr double kSplitOverhead = 3.;
+
+// How the splits of a problem come together, beside by a second kernel that costs nothing.
+struct NoClusters {
+  static constexpr double kCombineOverhead = 0.;  // of that kernel, as above
+  int64_t operator()(int /*splits*/) const { return 0; }
+};
 
 // `heads` query heads share a pass. Splits every problem of `units` slices, dealt to the `warps` of each
-// block, so that the blocks come in whole waves of `resident` blocks, at the least estimated time. 3 or 6
-// splits where 4 or 8 fill the GPU cost 30 % (measured).
-inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, int64_t warps,
-                      int64_t resident) {
+// block, so that the blocks come in whole waves of `resident` blocks, or of clusters(splits) problems whose
+// splits are clusters (0: none), at the least estimated time. 3 or 6 splits where 4 or 8 fill the GPU cost 30
+// % (measured).
+template <class Clusters = NoClusters>
+Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, int64_t warps,
+               int64_t resident, const Clusters& clusters = {}) {
   Plan plan;
   const int group = q_heads / kv_heads;
   plan.chunks = (group + heads - 1) / heads;
@@ -61,13 +70,18 @@ inline Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t u
   const int64_t work = int64_t{batch} * kv_heads * plan.chunks;
   const int64_t most = std::clamp<int64_t>(units, 1, kMaxSplits);
   double best = INFINITY;
-  plan.splits = 1;
-  for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t waves = (work * splits + resident - 1) / resident, of_block = (units + splits - 1) / splits;
-    const int64_t turns = (of_block + warps - 1) / warps;
+  const auto consider = [&](int64_t splits, bool clustered, int64_t waves, double more) {
+    const int64_t of_block = (units + splits - 1) / splits, turns = (of_block + warps - 1) / warps;
     // Warps without work leave the SM to the others.
-    const double time = waves * (kSplitOverhead + (turns > 1 ? turns : 0.5 + 0.5 * of_block / warps));
-    if (time < best) best = time, plan.splits = static_cast<int32_t>(splits);
+    const double time = waves * (kSplitOverhead + (turns > 1 ? turns : 0.5 + 0.5 * of_block / warps)) + more;
+    if (time < best) best = time, plan.splits = static_cast<int32_t>(splits), plan.clustered = clustered;
+  };
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    consider(splits, false, (work * splits + resident - 1) / resident,
+             splits > 1 ? Clusters::kCombineOverhead : 0.);
+    const int64_t at_once =
+        splits > 1 && splits <= kMostClusterBlocks ? clusters(static_cast<int>(splits)) : 0;
+    if (at_once > 0) consider(splits, true, (work + at_once - 1) / at_once, 0.);
   }
   plan.blocks = work * plan.splits;
   return plan;
@@ -80,7 +94,13 @@ cudaError_t launch(void (*kernel)(KernelArgs...), const Plan& plan, const Blocks
   if (plan.blocks > INT32_MAX) return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, blocks.shared_bytes));
-  kernel<<<static_cast<unsigned>(plan.blocks), blocks.threads, blocks.shared_bytes, stream>>>(args...);
+  const unsigned grid = static_cast<unsigned>(plan.blocks);
+  if (plan.clustered) {
+    MUSTAFAR_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    const ClusterLaunch clusters(grid, plan.splits, blocks.threads, blocks.shared_bytes, stream);
+    return cudaLaunchKernelEx(&clusters.config, kernel, args...);
+  }
+  kernel<<<grid, blocks.threads, blocks.shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 }
 
@@ -163,8 +183,8 @@ constexpr int compiled_heads(int heads) {
   return heads <= 2 ? std::max(heads, 1) : heads <= 4 ? 4 : heads <= 6 ? 6 : 8;
 }
 
-// The same with the query heads of a pass, std::integral_constant 1, 2, 4, 6 or 8: at most MostHeads()(channels)
-// of the group's.
+// The same with the query heads of a pass, std::integral_constant 1, 2, 4, 6 or 8: at most
+// MostHeads()(channels) of the group's.
 template <class MostHeads, class Run>
 cudaError_t dispatch_heads(DType dtype, int head_dim, int group, MostHeads, const Run& run) {
   return dispatch(dtype, head_dim, [&](auto element, auto channels) {

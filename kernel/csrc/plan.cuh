@@ -18,6 +18,7 @@ struct Plan {
   int32_t chunks;           // of the query heads of a KV head
   int32_t heads_per_chunk;  // at most
   int32_t splits;
+  bool clustered;  // the splits of a problem are a cluster, and merge without a second kernel
   int64_t blocks;
 };
 

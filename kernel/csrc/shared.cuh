@@ -13,10 +13,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void store16(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value)));
 }
-// The high half of a word, taken apart into a register of its own: shifting the word in place would wait until the
-// store of its low half has read it.
+// The high half of a word, taken apart into a register of its own: shifting the word in place would wait
+// until the store of its low half has read it.
 __device__ __forceinline__ void store_high16(uint32_t address, uint32_t word) {
-  asm volatile("{.reg .b16 low, high; mov.b32 {low, high}, %1; st.shared.b16 [%0], high;}" ::"r"(address), "r"(word));
+  asm volatile("{.reg .b16 low, high; mov.b32 {low, high}, %1; st.shared.b16 [%0], high;}" ::"r"(address),
+               "r"(word));
 }
 __device__ __forceinline__ void store32(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value));

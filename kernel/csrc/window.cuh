@@ -65,7 +65,8 @@ class Window {
     const char* row = keys_.row(first_ + g) + q * 16;
 #pragma unroll 2
     for (int tokens = 0; tokens < kSliceTokens; tokens += kMmaRows) {
-      const bool held[2] = {sequence_.in_window(first_ + tokens + g), sequence_.in_window(first_ + tokens + g + 8)};
+      const bool held[2] = {sequence_.in_window(first_ + tokens + g),
+                            sequence_.in_window(first_ + tokens + g + 8)};
       const char* const rows[2] = {row, row + 8 * keys_.token_bytes};
       uint4 low[kSpans], high[kSpans];  // tokens g and g + 8
 #pragma unroll

@@ -1,0 +1,80 @@
+// Blocks that run at the same time and read each other's shared memory: thread block clusters, from sm_90 on.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace mustafar::cuda {
+
+constexpr int kMostClusterBlocks = 16;  // 8 are portable, 16 what an H100 and an H200 take
+
+// Waits for every thread of the cluster; what they wrote to shared memory before can be read after.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+
+// A float at this block's shared `address`, but in the memory of block `rank` of the cluster.
+__device__ __forceinline__ float load_of_block(uint32_t address, int rank) {
+  float x = 0.f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\tld.shared::cluster.f32 %0, "
+      "[there];\n\t}"
+      : "=f"(x)
+      : "r"(address), "r"(rank));
+#endif
+  return x;
+}
+
+// What a launch in clusters of `blocks` needs.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(unsigned grid, unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {blocks, 1, 1};
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
+// So many clusters of `blocks` blocks of the kernel the current device holds at once: none before sm_90, or
+// where it does not take clusters of this size. `threads` and `shared_bytes` are always the same for a kernel
+// and device: the answer takes some microseconds, and is kept.
+template <auto kKernel>
+int resident_clusters(int blocks, int threads, int shared_bytes) {
+  constexpr int kDevices = 16;
+  static std::atomic<int32_t> known[kDevices][kMostClusterBlocks + 1];  // answers plus one
+  int device, major;
+  if (blocks > kMostClusterBlocks || cudaGetDevice(&device) != cudaSuccess) return 0;
+  std::atomic<int32_t>* const answer = device < kDevices ? &known[device][blocks] : nullptr;
+  if (answer != nullptr && answer->load(std::memory_order_relaxed) > 0)
+    return answer->load(std::memory_order_relaxed) - 1;
+  int clusters = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      major >= 9) {
+    const ClusterLaunch launch(blocks, blocks, threads, shared_bytes, nullptr);
+    if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) !=
+            cudaSuccess ||
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&clusters, kKernel, &launch.config) != cudaSuccess) {
+      cudaGetLastError();  // a size that the device does not take is no error of the caller's
+      clusters = 0;
+    }
+  }
+  if (answer != nullptr) answer->store(clusters + 1, std::memory_order_relaxed);
+  return clusters;
+}
+
+}  // namespace mustafar::cuda
