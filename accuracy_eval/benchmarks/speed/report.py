@@ -202,7 +202,11 @@ def _lines(rows: Sequence[Row], x: str, label: str, y: str, path: Path) -> Path:
                 )
     ticks = sorted({row[x] for row in rows})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+    # Of largest batches that all but agree, only the largest: their labels would lie on each other.
+    apart = [
+        tick for tick, above in zip(ticks, [*ticks[1:], float("inf")], strict=True) if above > 1.1 * tick
+    ]
+    axis.set_xticks(apart, [str(tick) for tick in apart], fontsize=8)
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set_ylim(bottom=0)
     axis.set_xlabel(label)
