@@ -13,7 +13,7 @@ namespace mustafar::cuda {
 
 // The table has a row of kPitch bytes a channel: an entry (the channel in all kHeads queries) as often as
 // fits. Each lane reads its own copy, so a gather conflicts at no choice of channels: 128 bytes are 8 copies
-// of 4 heads in float32, and a quarter-warp is what loads 16 bytes a lane at once. 8 heads stay in half
+// of 4 heads in float32, and a quarter-warp is what loads 16 bytes a lane at once. 6 and 8 heads stay in half
 // precision, for twice the bandwidth costs more than the conversions. 256 channels get half the copies, to
 // leave room for tiles.
 template <class T, int kChannels, int kHeads>
@@ -26,8 +26,7 @@ struct QueryTable {
   static constexpr int kEntryBytes = 4 * kEntryWords;
   static constexpr int kScratchBytes = kEntryBytes * kChannels;  // for fill()
 
-  // By the whole block; ends with a barrier. Rows before and
-  // after the channels are zeros.
+  // By the whole block; ends with a barrier. Rows before and after the channels are zeros.
   static __device__ __forceinline__ void fill(uint32_t table, uint32_t scratch, const T* queries,
                                               int64_t head_stride, int heads, int head_dim) {
     // Every query value is read once, so that the block waits for one trip to memory, not for one each.
