@@ -1,15 +1,11 @@
-// CUDA implementations of torch.ops.mustafar. Compiled only where torch has CUDA; bindings_nocuda.cpp stands
-// in.
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
-
+// CUDA implementations of torch.ops.mustafar. Compiled only where torch has CUDA; ops_nocuda.cpp stands in.
 #include <ATen/cuda/CUDAGraphsUtils.cuh>
 
 #include "../../kernel/csrc/decode_attention.h"
 #include "../../kernel/csrc/key_scores.h"
 #include "../../kernel/csrc/value_output.h"
 #include "checks.h"
+#include "launch.h"
 
 namespace mustafar {
 
@@ -22,10 +18,6 @@ int64_t decode_attention_workspace_size(int64_t batch, int64_t q_heads, int64_t 
 }
 
 namespace {
-
-void check_launch(cudaError_t error, const char* op) {
-  TORCH_CHECK(error == cudaSuccess, "mustafar::", op, ": ", cudaGetErrorString(error));
-}
 
 at::Tensor key_scores(const at::Tensor& q, const at::Tensor& bitmap, const at::Tensor& values,
                       const OptionalTensor& offsets, const OptionalTensor& widths, int64_t tokens) {

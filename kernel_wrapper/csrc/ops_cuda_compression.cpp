@@ -1,21 +1,14 @@
 // CUDA implementations of prune_compress, compress and decompress. Compiled only where torch has CUDA.
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
-
 #include <tuple>
 
 #include "../../kernel/csrc/compress.h"
 #include "../../kernel/csrc/decompress.h"
 #include "../../kernel/csrc/prune_compress.h"
 #include "checks.h"
+#include "launch.h"
 
 namespace mustafar {
 namespace {
-
-void check_launch(cudaError_t error, const char* op) {
-  TORCH_CHECK(error == cudaSuccess, "mustafar::", op, ": ", cudaGetErrorString(error));
-}
 
 std::tuple<at::Tensor, at::Tensor> prune_compress(const at::Tensor& x, int64_t k) {
   const c10::cuda::CUDAGuard guard(x.device());

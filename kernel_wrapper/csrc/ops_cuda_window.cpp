@@ -1,17 +1,10 @@
 // CUDA implementations of window_advance and window_append. Compiled only where torch has CUDA.
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
-
 #include "../../kernel/csrc/window_append.h"
 #include "checks_window.h"
+#include "launch.h"
 
 namespace mustafar {
 namespace {
-
-void check_launch(cudaError_t error, const char* op) {
-  TORCH_CHECK(error == cudaSuccess, "mustafar::", op, ": ", cudaGetErrorString(error));
-}
 
 void window_advance(const at::Tensor& state, const at::Tensor& lengths, const at::Tensor& total,
                     int64_t residual, int64_t flush_every, int64_t max_length) {
