@@ -47,9 +47,9 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
     """
     shard = shards.current()
     tasks = _select(args)
+    info = models.inspect_model(args.model)  # before anything is downloaded
     rows = {task.name: data.load_rows(task, args.data_dir, longbench_e=args.e) for task in tasks}
 
-    info = models.inspect_model(args.model)
     models.check_mode(info, args.mode)
     device = models.resolve_device(shard.device(args.device))
     chosen = run.make_settings(

@@ -160,7 +160,10 @@ def _run(args: argparse.Namespace) -> int:
         leave()
     if not args.no_plots and speaks:
         try:
-            say("written: " + ", ".join(str(path) for path in report.draw(rows, args.out)))
+            say(
+                "written: "
+                + ", ".join(str(path) for path in [args.out / "mem_spd.csv", *report.draw(rows, args.out)])
+            )
         except ModuleNotFoundError:
             say("no plots: matplotlib is not installed")
     failed = [row for row in rows if str(row.get("note", "")).startswith("failed")]

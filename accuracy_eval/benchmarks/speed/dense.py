@@ -186,7 +186,9 @@ def check_cudnn(device: torch.device, dtype: str, head_dim: int) -> None:
         If not, with PyTorch's reason.
     """
     if device.type != "cuda":
-        raise UserError(f"dense-cudnn needs a GPU that cuDNN's attention runs on, this is {device}")
+        raise UserError(
+            f"dense-cudnn needs a GPU that cuDNN's attention runs on, this is {device} (dense-static runs anywhere)"
+        )
     kind = getattr(torch, dtype)
     query = torch.zeros((1, 2, 1, head_dim), dtype=kind, device=device)
     keys = torch.zeros((1, 1, 128, head_dim), dtype=kind, device=device)

@@ -96,7 +96,8 @@ def load(model: str, dtype: str, device: str, ranks: Ranks | None = None) -> Any
             loaded = AutoModelForCausalLM.from_config(config, dtype=kind)
         ranks.add_up(loaded)
         return loaded.eval()
-    if not Path(model).expanduser().is_dir() and model.count("/") != 1:
+    path_like = model.startswith(("/", ".", "~")) or model.count("/") != 1
+    if path_like and not Path(model).expanduser().is_dir():
         raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder nor a hub id")
     try:
         split = {"tp_plan": "auto"} if ranks.count > 1 else {}
