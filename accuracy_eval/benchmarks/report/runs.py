@@ -126,12 +126,13 @@ def check_comparable(runs: list[Run]) -> list[str]:
         for other in runs[:n]:
             if run.folder.resolve() == other.folder.resolve():
                 raise UserError(f"{run.folder} is given twice; name it once")
+        _compare(first, run, [key for key in first.config if key not in (*VARIED, *_OF_PRUNING)])
+        for other in runs[:n]:
             if run.label == other.label:
                 raise UserError(
                     f"{other.folder}\nand {run.folder}\nare both {run.label!r}: the rows of a table must differ in "
                     "how they prune; leave one of them out"
                 )
-        _compare(first, run, [key for key in first.config if key not in (*VARIED, *_OF_PRUNING)])
         pruned = [other for other in runs[:n] if not other.is_dense]
         if pruned and not run.is_dense:
             _compare(pruned[0], run, _OF_PRUNING)
