@@ -177,7 +177,9 @@ def test_bad_input_is_a_message_and_status_2(run, arguments, message):
         (".", "has no config.json"),
     ],
 )
-def test_a_model_that_is_not_there(run, name, message):
+def test_a_model_that_is_not_there(run, name, message, monkeypatch):
+    """Said before the data is asked for, which may have to be downloaded."""
+    monkeypatch.setattr(predict.data, "load_rows", None)
     status, _, err = run("0", "0", "dense", model=name)
     assert status == 2 and message in err
 

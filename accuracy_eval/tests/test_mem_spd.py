@@ -287,6 +287,7 @@ def test_unknown_modes(name: str) -> None:
     "options,match",
     [
         ("--model no_such_model", "neither a preset"),
+        ("--model /no_such_folder", "neither a preset"),
         ("--model tiny --batch 0", "--batch"),
         ("--model tiny --new 1", "--new"),
         ("--model tiny --modes sparse", "unknown mode"),

@@ -256,9 +256,11 @@ def test_refusals(tmp_path, capsys):
     other = make_run(tmp_path / "e", {"lcc": bits("110")}, k_sparsity=0.7)
     by_length = make_run(tmp_path / "f", {"qasper": bits("110")}, benchmark="longbench-e")
     ruler = make_run(tmp_path / "g", {"fwe_400": bits("110")}, benchmark="ruler", k_sparsity=0.7)
+    model = make_run(tmp_path / "h", {"qasper": bits("110")}, model="another")
     cases = [
         ([one, same], "both 'K 0.5 V 0'"),
         ([one, one], "given twice"),
+        ([one, model], "and 'another' in"),  # and not that both are 'K 0.5 V 0'
         (
             [one, torn],
             "incomplete: qasper has 2 of 3 rows (limited; the data has 200); the command of the run",

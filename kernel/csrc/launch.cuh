@@ -50,9 +50,9 @@ constexpr int kMaxSplits = 256;
 // What a block costs beside its slices, in slices of one warp: tables, merging.
 constexpr double kSplitOverhead = 3.;
 
-// How the splits of a problem come together, beside by a second kernel that costs nothing.
+// What make_plan() takes from kernels whose splits are no clusters, but combined by a second kernel.
 struct NoClusters {
-  static constexpr double kCombineOverhead = 0.;  // of that kernel, as above
+  static constexpr double kCombineOverhead = 0.;  // of the second kernel, in slices of one warp
   int64_t operator()(int /*splits*/) const { return 0; }
 };
 

@@ -47,7 +47,7 @@ def predict(args: argparse.Namespace, memory: dict | None = None) -> Path:
     """
     shard = shards.current()
     tasks = _select(args)
-    info = models.inspect_model(args.model)  # before anything is downloaded
+    info = models.inspect_model(args.model)  # before the data is downloaded
     rows = {task.name: data.load_rows(task, args.data_dir, longbench_e=args.e) for task in tasks}
 
     models.check_mode(info, args.mode)

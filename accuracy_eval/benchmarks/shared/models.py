@@ -38,6 +38,11 @@ class LoadedModel:
     make_cache: Callable[[], object] | None
 
 
+def looks_like_path(model: str) -> bool:
+    """Whether it cannot be a hub id."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
 def inspect_model(model: str) -> ModelInfo:
     """Read a model's config and tokenizer from a local folder or the hub.
 
@@ -54,7 +59,7 @@ def inspect_model(model: str) -> ModelInfo:
         folder = folder.resolve()
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a model: it has no config.json")
-    elif model.startswith(("/", ".", "~")) or model.count("/") > 1:
+    elif looks_like_path(model):
         raise UserError(f"no such folder: {model} (a model is a local folder or a hub id such as owner/name)")
     path = str(folder) if local else model
     try:

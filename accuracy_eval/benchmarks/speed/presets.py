@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..shared.errors import UserError
+from ..shared.models import looks_like_path
 from .ranks import Ranks
 
 _LLAMA_3 = {
@@ -96,8 +97,7 @@ def load(model: str, dtype: str, device: str, ranks: Ranks | None = None) -> Any
             loaded = AutoModelForCausalLM.from_config(config, dtype=kind)
         ranks.add_up(loaded)
         return loaded.eval()
-    path_like = model.startswith(("/", ".", "~")) or model.count("/") != 1
-    if path_like and not Path(model).expanduser().is_dir():
+    if (looks_like_path(model) or "/" not in model) and not Path(model).expanduser().is_dir():
         raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder nor a hub id")
     try:
         split = {"tp_plan": "auto"} if ranks.count > 1 else {}
