@@ -18,17 +18,27 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// A float at this block's shared `address`, but in the memory of block `rank` of the cluster.
-__device__ __forceinline__ float load_of_block(uint32_t address, int rank) {
-  float x = 0.f;
+// Stores floats at `address` of shared memory, but of block `rank` of the cluster: at a multiple of 16 bytes,
+// or of 8 where they come to no more.
+template <int kCount>
+__device__ __forceinline__ void store_of_block(uint32_t address, int rank, const float (&x)[kCount]) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\tld.shared::cluster.f32 %0, "
-      "[there];\n\t}"
-      : "=f"(x)
-      : "r"(address), "r"(rank));
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  constexpr int kAtOnce = kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kAtOnce) {
+    if constexpr (kAtOnce == 4)
+      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there + i * 4), "f"(x[i]),
+                   "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3])
+                   : "memory");
+    else if constexpr (kAtOnce == 2)
+      asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there + i * 4), "f"(x[i]), "f"(x[i + 1])
+                   : "memory");
+    else
+      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there + i * 4), "f"(x[i]) : "memory");
+  }
 #endif
-  return x;
 }
 
 // What a launch in clusters of `blocks` needs.
@@ -36,10 +46,10 @@ struct ClusterLaunch {
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
 
-  ClusterLaunch(unsigned grid, unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
+  ClusterLaunch(dim3 grid, unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {blocks, 1, 1};
-    config.gridDim = dim3(grid);
+    config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
@@ -64,7 +74,7 @@ int resident_clusters(int blocks, int threads, int shared_bytes) {
   int clusters = 0;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
       major >= 9) {
-    const ClusterLaunch launch(blocks, blocks, threads, shared_bytes, nullptr);
+    const ClusterLaunch launch(dim3(blocks), blocks, threads, shared_bytes, nullptr);
     if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) !=
             cudaSuccess ||
         cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||

@@ -1,10 +1,10 @@
-#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
 #include "decode_attention.h"
 #include "feed.cuh"
 #include "launch.cuh"
+#include "merge.cuh"
 #include "queries.cuh"
 #include "sequence.cuh"
 #include "staged_feed.cuh"
@@ -34,23 +34,14 @@ constexpr int kMaxWarps = kChannels == 64 || kDirect<kChannels, kHeads> ? 12
                           : kChannels == 128                            ? 8
                                                                         : 4;
 
+// A warp's memory: its tile, weights of a slice, its running maxima, what its feeds stage.
+__host__ __device__ constexpr int maxima_bytes(int heads) { return (heads * 4 + 15) / 16 * 16; }
 template <int kChannels, int kHeads>
-constexpr int kWarpBytes =
-    tile_bytes(kChannels) + weights_bytes(kHeads) + 2 * SliceFeed<kChannels, kHeads>::kStagingBytes;
+constexpr int kWarpBytes = tile_bytes(kChannels) + weights_bytes(kHeads) + maxima_bytes(kHeads) +
+                           2 * SliceFeed<kChannels, kHeads>::kStagingBytes;
 static_assert(kFewSinkRows * kTilePitch + weights_bytes(8) >= window_scores_bytes(8));
 template <int kChannels>
 constexpr int kTableBytes = QueryTable<__half, kChannels, 1>::kBytes;  // of any dtype and heads
-
-// Softmax over part of the tokens: sums of exp2(score - maximum), and the output's sums follow it.
-struct Partial {
-  float maximum, sum;
-};
-constexpr float kNoMaximum = -FLT_MAX;  // yet: finite, so that a score of -inf less the maximum is -inf
-
-// Factor that brings sums relative to `from` to those relative to `to`.
-__device__ __forceinline__ float rescale(float from, float to) {
-  return from == to ? 1.f : exp2_fast(from - to);
-}
 
 // Partial results of the splits: Partial [B, H, splits], then float [B, H, splits, D].
 struct Workspace {
@@ -81,12 +72,14 @@ struct Worker {
   const float scale;
   Scores<Queries, kHeads> scores;
   ValueProduct<T, kChannels, kHeads> output;
-  Partial partial[kHeads];  // maximum is the warp's, sum this lane's
+  float weight[kHeads];  // sums of this lane's
 
   __device__ __forceinline__ void clear() {
     output.clear();
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) partial[h] = {kNoMaximum, 0.f};
+    for (int h = 0; h < kHeads; ++h) weight[h] = 0.f;
+    if (lane < kHeads) store32(maxima() + lane * 4, __float_as_uint(kNoMaximum));
+    __syncwarp();
   }
 
   // 64 tokens of the window, from `first`.
@@ -136,20 +129,26 @@ struct Worker {
   }
 
   // Leaves the sums and the Partial of every head in the warp's own memory.
-  __device__ __forceinline__ void finish(char* own) {
-    output.store(reinterpret_cast<float*>(own), lane);
+  __device__ __forceinline__ void finish(uint32_t own) {
+    output.store(own, lane);
+    float maximum[kHeads];
+    load_floats(maxima(), maximum);
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
       for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-        partial[h].sum += __shfl_xor_sync(kFullWarp, partial[h].sum, distance);
-      if (lane == 0) reinterpret_cast<Partial*>(own + tile_bytes(kChannels))[h] = partial[h];
+        weight[h] += __shfl_xor_sync(kFullWarp, weight[h], distance);
+      if (lane == 0)
+        cuda::store(own + tile_bytes(kChannels) + h * 8,
+                    {__float_as_uint(maximum[h]), __float_as_uint(weight[h])});
     }
   }
 
  private:
   // Room for float scores [kSliceTokens][kHeads] while there are no weights: behind the tile's channels.
   __device__ __forceinline__ uint32_t scratch() const { return tile + kChannels * kTilePitch; }
+  // Where the warp's running maximum of each head is: there are no registers for them.
+  __device__ __forceinline__ uint32_t maxima() const { return weights + weights_bytes(kHeads); }
   __device__ __forceinline__ void scale_scores() {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r)
@@ -171,30 +170,33 @@ struct Worker {
 
   // Softmax weights of the scores, relative to a maximum that the whole warp shares.
   __device__ __forceinline__ void weigh() {
+    float maximum[kHeads];
+    load_floats(maxima(), maximum);
     bool above = false;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h)
-      above |= fmaxf(scores.of[0][h], scores.of[1][h]) > partial[h].maximum + kMaximumSlack;
+      above |= fmaxf(scores.of[0][h], scores.of[1][h]) > maximum[h] + kMaximumSlack;
     if (__any_sync(kFullWarp, above)) {
       float factors[2] = {1.f, 1.f};  // of the heads whose output sums this lane holds
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        float top = fmaxf(partial[h].maximum, fmaxf(scores.of[0][h], scores.of[1][h]));
+        float top = fmaxf(maximum[h], fmaxf(scores.of[0][h], scores.of[1][h]));
 #pragma unroll
         for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
           top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, distance));
-        const float factor = rescale(partial[h].maximum, top);
-        partial[h].maximum = top;
-        partial[h].sum *= factor;
+        const float factor = rescale(maximum[h], top);
+        maximum[h] = top;
+        weight[h] *= factor;
+        if (lane == 0) store32(maxima() + h * 4, __float_as_uint(top));
         if (h / 2 * 2 == output.head(lane)) factors[h % 2] = factor;
       }
       output.scale(factors[0], factors[1]);
     }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      const float first = exp2_fast(scores.of[0][h] - partial[h].maximum);
-      const float second = exp2_fast(scores.of[1][h] - partial[h].maximum);
-      partial[h].sum += first + second;
+      const float first = exp2_fast(scores.of[0][h] - maximum[h]);
+      const float second = exp2_fast(scores.of[1][h] - maximum[h]);
+      weight[h] += first + second;
       store_weight(weights, h, Half<T>::pack(first, second), lane);
     }
   }
@@ -218,12 +220,14 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
   const int block_warps = blockDim.x / kWarpSize;
-  const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
-  const Sequence sequence(p, at.b);
-
-  char* const of_warps = shared + Queries::kBytes;
-  char* const own = of_warps + warp * kBytes;
-  const uint32_t table = shared_address(shared), region = shared_address(own);
+  const Place at(plan);
+  const Lengths lengths(p, at.b);
+  typename Queries::Fill fill(
+      static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride, p.q_head_stride,
+      at.heads, p.head_dim);
+  const uint32_t table = shared_address(shared), of_warps = table + Queries::kBytes;
+  const uint32_t region = of_warps + warp * kBytes;
+  const Sequence sequence(p, lengths);
   const uint32_t weights = region + tile_bytes(kChannels);
   // Neighbouring pieces of a sequence go to different blocks: all of them end at the same time.
   const int first = warp * plan.splits + at.split, step = block_warps * plan.splits;
@@ -231,11 +235,10 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   const Share share = sequence.deal(first, step);
   const Slices key_slices(p.key, at.b, at.kv_head, words, share);
   const Slices value_slices(p.value, at.b, at.kv_head, words, share);
-  const uint32_t staging = weights + weights_bytes(kHeads);
+  const uint32_t staging = weights + weights_bytes(kHeads) + maxima_bytes(kHeads);
   SomeFeed keys(key_slices, staging, lane), values(value_slices, staging + SomeFeed::kStagingBytes, lane);
-  Queries::fill(table, shared_address(of_warps),
-                static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
-                p.q_head_stride, at.heads, p.head_dim);
+  if (first >= sequence.chunks) fill_zeros<tile_bytes(kChannels)>(region, lane);
+  fill.finish(table);
 
   Worker<T, kChannels, kHeads> worker{table,      region + kGuardRows * kTilePitch, weights, p.head_dim, lane,
                                       score_scale};
@@ -246,87 +249,75 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
                                  p.v_window_head_stride, p.v_window_token_stride);
   for (int i = first; i < sequence.chunks; i += step)
     worker.chunk(sequence, key_window, value_window, (sequence.first_chunk + i) * kSliceTokens);
-  fill_zeros(region, tile_bytes(kChannels), lane);
+  if (first < sequence.chunks) fill_zeros<tile_bytes(kChannels)>(region, lane);
   __syncwarp();
   if (share.first < share.end) worker.slices(keys, values);
   wait_copies<0>();
-  worker.finish(own);
+  worker.finish(region);
 
-  // Merge the warps of the block.
+  // Merge the warps of the block. What the table was in is free when all blocks of the cluster are here.
+  using Splits = Exchange<kChannels, kHeads>;
+  using Warps = WarpMerge<kHeads, kBytes, tile_bytes(kChannels)>;
+  static_assert(Splits::kBytes + Warps::kFactorBytes <= Queries::kBytes && Splits::kBytes % 16 == 0);
+  static_assert(kMaxWarps<kChannels, kHeads> <= Warps::kMostWarps);
+  const Splits splits(table, plan.splits, at.split);
+  const Warps warps{of_warps, table + Splits::kBytes, block_warps};
+  if (plan.clustered)
+    cluster_barrier();
+  else
+    __syncthreads();
+  warps.find_factors();
   __syncthreads();
   const Workspace workspace(p.workspace, int64_t{p.batch} * p.q_heads * plan.splits);
-  const uint32_t merged = table + kHeads * kChannels * 4;
-  static_assert(kHeads * (kChannels * 4 + 8) <= Queries::kBytes);
-  for (int i = threadIdx.x; i < at.heads * p.head_dim; i += blockDim.x) {
-    const int h = i / p.head_dim, d = i % p.head_dim;
-    const auto of_warp = [&](int w) {
-      return reinterpret_cast<const Partial*>(of_warps + w * kBytes + tile_bytes(kChannels))[h];
-    };
-    float maximum = kNoMaximum, sum = 0.f, weight = 0.f;
-    for (int w = 0; w < block_warps; ++w) maximum = fmaxf(maximum, of_warp(w).maximum);
-    for (int w = 0; w < block_warps; ++w) {
-      const float factor = rescale(of_warp(w).maximum, maximum);
-      weight += of_warp(w).sum * factor;
-      sum += reinterpret_cast<const float*>(of_warps + w * kBytes)[h * kChannels + d] * factor;
+  const auto row = [&](int h) { return (at.b * p.q_heads + at.first_head + h) * plan.splits + at.split; };
+  for (int channel = threadIdx.x; channel < kChannels; channel += blockDim.x) {
+    float sums[kHeads], weights[kHeads];
+    warps.add(channel, sums, weights);
+    if (plan.clustered) {
+      splits.send(channel, sums);
+      if (channel < plan.splits)  // to block `channel`
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) splits.send_partial(channel, h, {warps.maximum(h), weights[h]});
+      continue;
     }
-    const int64_t head = at.first_head + h;
-    if (plan.splits == 1) {
-      write_output<T>(p, at.b, head, d, sum, weight, sequence.nothing_visible());
-    } else if (plan.clustered) {  // into the memory of the table, which nobody needs any more
-      store32(table + (h * kChannels + d) * 4, __float_as_uint(sum));
-      if (d == 0) {
-        store32(merged + h * 8, __float_as_uint(maximum));
-        store32(merged + h * 8 + 4, __float_as_uint(weight));
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      if (h >= at.heads || channel >= p.head_dim) continue;
+      if (plan.splits == 1) {
+        write_output<T>(p, at.b, at.first_head + h, channel, sums[h], weights[h], sequence.nothing_visible());
+      } else {
+        workspace.sums[row(h) * p.head_dim + channel] = sums[h];
+        if (channel == 0) workspace.partials[row(h)] = {warps.maximum(h), weights[h]};
       }
-    } else {
-      const int64_t row = (at.b * p.q_heads + head) * plan.splits + at.split;
-      workspace.sums[row * p.head_dim + d] = sum;
-      if (d == 0) workspace.partials[row] = {maximum, weight};
     }
   }
   if (!plan.clustered) return;
 
-  // Merge the splits: each block some of the outputs, from the memory of all.
   cluster_barrier();
-  for (int i = at.split * blockDim.x + threadIdx.x; i < at.heads * p.head_dim;
-       i += plan.splits * blockDim.x) {
-    const int h = i / p.head_dim, d = i % p.head_dim;
-    float maximum = kNoMaximum, sum = 0.f, weight = 0.f;
-#pragma unroll 4
-    for (int s = 0; s < plan.splits; ++s) maximum = fmaxf(maximum, load_of_block(merged + h * 8, s));
-#pragma unroll 4
-    for (int s = 0; s < plan.splits; ++s) {
-      const float factor = rescale(load_of_block(merged + h * 8, s), maximum);
-      weight += load_of_block(merged + h * 8 + 4, s) * factor;
-      sum += load_of_block(table + (h * kChannels + d) * 4, s) * factor;
-    }
-    write_output<T>(p, at.b, at.first_head + h, d, sum, weight, sequence.nothing_visible());
+  for (int i = threadIdx.x; i < splits.share * kHeads; i += blockDim.x) {
+    const int h = i % kHeads, own = i / kHeads, channel = at.split * splits.share + own;
+    if (h >= at.heads || channel >= p.head_dim) continue;
+    const float2 merged = merge_splits(
+        plan.splits, [&](int s) { return splits.partial(s, h); },
+        [&](int s) { return splits.sum(s, own, h); });
+    write_output<T>(p, at.b, at.first_head + h, channel, merged.x, merged.y, sequence.nothing_visible());
   }
-  cluster_barrier();  // nobody's memory goes before it has been read
 }
 
-// One block per query head merges its splits, in order.
+// One block per query head merges its splits.
 template <class T>
 __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, int splits) {
-  __shared__ float factors[kMaxSplits];
   const int64_t b = blockIdx.x / p.q_heads, head = blockIdx.x % p.q_heads;
   const Workspace workspace(p.workspace, int64_t{gridDim.x} * splits);
   const Partial* partials = workspace.partials + int64_t{blockIdx.x} * splits;
   const float* sums = workspace.sums + int64_t{blockIdx.x} * splits * p.head_dim;
   wait_for_previous_launch();
 
-  float maximum = kNoMaximum;
-  for (int i = 0; i < splits; ++i) maximum = fmaxf(maximum, partials[i].maximum);
-  for (int i = threadIdx.x; i < splits; i += blockDim.x) factors[i] = rescale(partials[i].maximum, maximum);
-  __syncthreads();
-  float weight = 0.f;
-  for (int i = 0; i < splits; ++i) weight += partials[i].sum * factors[i];
-  const bool nothing_visible = Sequence(p, b).nothing_visible();
+  const bool nothing_visible = Sequence(p, Lengths(p, b)).nothing_visible();
   for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
-    float sum = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < splits; ++i) sum += sums[int64_t{i} * p.head_dim + d] * factors[i];
-    write_output<T>(p, b, head, d, sum, weight, nothing_visible);
+    const float2 merged = merge_splits(
+        splits, [&](int s) { return partials[s]; }, [&](int s) { return sums[int64_t{s} * p.head_dim + d]; });
+    write_output<T>(p, b, head, d, merged.x, merged.y, nothing_visible);
   }
 }
 

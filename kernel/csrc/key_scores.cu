@@ -24,16 +24,17 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kHeads), kBlocksPerSm)
   extern __shared__ __align__(16) char shared[];
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
-  const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
+  const Place at(plan);
+  typename Queries::Fill fill(
+      static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride, p.q_head_stride,
+      at.heads, p.head_dim);
   const int block_warps = blockDim.x / kWarpSize;
   const Slices slices(p.key, at.b, at.kv_head, bitmap_words(p.head_dim),
                       {at.split * block_warps + warp, static_cast<int32_t>(slices_of(p.tokens)),
                        plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
-  const uint32_t table = shared_address(shared), scratch = table + Queries::kBytes;
+  const uint32_t table = shared_address(shared);
   KeyFeed<kChannels> feed(slices, 0, lane);
-  Queries::fill(table, scratch,
-                static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride,
-                p.q_head_stride, at.heads, p.head_dim);
+  fill.finish(table);
   T* out = static_cast<T*>(p.scores) + at.b * p.scores_batch_stride + at.first_head * p.scores_head_stride;
   if (slices.first >= slices.end) return;
   QueryWalk<Queries, KeyFeed<kChannels>::kBitmapWords> walk(table + Queries::column(lane), p.head_dim);
@@ -59,7 +60,7 @@ template <class T, int kChannels, int kHeads>
 cudaError_t run(const KeyScoresParams& p, cudaStream_t stream) {
   Blocks blocks;
   using Queries = QueryTable<T, kChannels, kHeads>;
-  MUSTAFAR_CUDA_TRY(size_blocks(Queries::kBytes + Queries::kScratchBytes, 0, max_warps(kHeads), 1, &blocks));
+  MUSTAFAR_CUDA_TRY(size_blocks(Queries::kBytes, 0, max_warps(kHeads), 1, &blocks));
   const Plan plan = make_plan(p.batch, p.q_heads, p.kv_heads, MostHeads()(kChannels), slices_of(p.tokens),
                               blocks.teams, std::min<int64_t>(blocks.resident, kBlocksPerSm * blocks.sms));
   return launch(key_scores_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan);

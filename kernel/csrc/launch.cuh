@@ -64,9 +64,10 @@ template <class Clusters = NoClusters>
 Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, int64_t warps,
                int64_t resident, const Clusters& clusters = {}) {
   Plan plan;
-  const int group = q_heads / kv_heads;
-  plan.chunks = (group + heads - 1) / heads;
-  plan.heads_per_chunk = (group + plan.chunks - 1) / plan.chunks;
+  plan.batch = batch, plan.kv_heads = kv_heads;
+  plan.group = q_heads / kv_heads;
+  plan.chunks = (plan.group + heads - 1) / heads;
+  plan.heads_per_chunk = (plan.group + plan.chunks - 1) / plan.chunks;
   const int64_t work = int64_t{batch} * kv_heads * plan.chunks;
   const int64_t most = std::clamp<int64_t>(units, 1, kMaxSplits);
   double best = INFINITY;
@@ -83,7 +84,6 @@ Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, i
         splits > 1 && splits <= kMostClusterBlocks ? clusters(static_cast<int>(splits)) : 0;
     if (at_once > 0) consider(splits, true, (work + at_once - 1) / at_once, 0.);
   }
-  plan.blocks = work * plan.splits;
   return plan;
 }
 
@@ -91,10 +91,12 @@ Plan make_plan(int batch, int q_heads, int kv_heads, int heads, int64_t units, i
 template <class... KernelArgs, class... Args>
 cudaError_t launch(void (*kernel)(KernelArgs...), const Plan& plan, const Blocks& blocks, cudaStream_t stream,
                    const Args&... args) {
-  if (plan.blocks > INT32_MAX) return cudaErrorInvalidValue;
+  constexpr int kMost = 65535;  // of the second and third dimension of a grid
+  const int64_t blocks_x = int64_t{plan.splits} * plan.chunks;
+  if (plan.batch > kMost || plan.kv_heads > kMost || blocks_x > INT32_MAX) return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, blocks.shared_bytes));
-  const unsigned grid = static_cast<unsigned>(plan.blocks);
+  const dim3 grid(static_cast<unsigned>(blocks_x), plan.kv_heads, plan.batch);
   if (plan.clustered) {
     MUSTAFAR_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     const ClusterLaunch clusters(grid, plan.splits, blocks.threads, blocks.shared_bytes, stream);

@@ -24,40 +24,63 @@ struct QueryTable {
   static constexpr bool kFloat = kHeads <= 4;
   static constexpr int kEntryWords = kFloat ? kHeads : 4;  // 6 heads leave one unused
   static constexpr int kEntryBytes = 4 * kEntryWords;
-  static constexpr int kScratchBytes = kEntryBytes * kChannels;  // for fill()
 
-  // By the whole block; ends with a barrier. Rows before and after the channels are zeros.
-  static __device__ __forceinline__ void fill(uint32_t table, uint32_t scratch, const T* queries,
-                                              int64_t head_stride, int heads, int head_dim) {
-    // Every query value is read once, so that the block waits for one trip to memory, not for one each.
-    const uint16_t* bits = reinterpret_cast<const uint16_t*>(queries);
-    for (int channel = threadIdx.x; channel < head_dim; channel += blockDim.x) {
-      uint32_t entry[kEntryWords];
+  // Brings the queries to the table, by the whole block: asked for at once, so that what is asked for next
+  // does not wait behind them.
+  class Fill {
+   public:
+    __device__ __forceinline__ Fill(const T* queries, int64_t head_stride, int heads, int head_dim)
+        : queries_(reinterpret_cast<const uint16_t*>(queries)),
+          head_stride_(head_stride),
+          heads_(heads),
+          head_dim_(head_dim) {
+      ask(threadIdx.x % kChannels);
+    }
+
+    // Ends with a barrier. Rows before and after the channels are zeros.
+    __device__ __forceinline__ void finish(uint32_t table) {
+      constexpr int kVectors =
+          kPitch / 16;  // of a row, with as many copies of the entry as there is room for
+      // Each channel has as many threads as there are, and they take turns with the vectors of its row, every
+      // channel from another on: 8 neighbouring channels' stores do not conflict.
+      const int parts = max(1, static_cast<int>(blockDim.x) / kChannels), part = threadIdx.x / kChannels;
+      if (part < parts) {
+        for (int channel = threadIdx.x % kChannels;;) {
+          uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < kEntryWords; ++i) {
-        const int head = kFloat ? i : 2 * i;
-        entry[i] = head < heads ? __ldg(bits + head * head_stride + channel) : 0;
-        if constexpr (!kFloat)
-          entry[i] |= head + 1 < heads ? uint32_t{__ldg(bits + (head + 1) * head_stride + channel)} << 16 : 0;
+          for (int i = 0; i < 4; ++i) words[i] = word(i % kEntryWords);
+          const uint32_t row = table + (kGuardRows + channel) * kPitch;
+#pragma unroll 1
+          for (int i = part; i < kVectors; i += parts)
+            store(row + (i + channel * kPitch / 128) % kVectors * 16, words);
+          channel += blockDim.x;
+          if (channel >= kChannels) break;
+          ask(channel);
+        }
       }
+      constexpr int kGuardBytes = kGuardRows * kPitch;
+      for (int i = threadIdx.x * 16; i < kGuardBytes + kSinkRows * kPitch; i += blockDim.x * 16)
+        store_zeros(table + i + (i < kGuardBytes ? 0 : kChannels * kPitch));
+      __syncthreads();
+    }
+
+   private:
+    __device__ __forceinline__ void ask(int channel) {
 #pragma unroll
-      for (int i = 0; i < kEntryWords; ++i)
-        store32(scratch + (channel * kEntryWords + i) * 4,
-                kFloat ? __float_as_uint(Half<T>::low(entry[i])) : entry[i]);
+      for (int h = 0; h < kHeads; ++h)
+        bits_[h] =
+            h < heads_ && channel < head_dim_ ? load_global16(queries_ + h * head_stride_ + channel) : 0;
     }
-    __syncthreads();
-    constexpr int kRowWords = kPitch / 4, kRows = kBytes / kPitch;
-    const int word = threadIdx.x % kRowWords;
-#pragma unroll 4
-    for (int row = threadIdx.x / kRowWords; row < kRows; row += blockDim.x / kRowWords) {
-      const int channel = row - kGuardRows;
-      uint32_t entry = 0;
-      if (channel >= 0 && channel < head_dim)
-        load(scratch + (channel * kEntryWords + word % kEntryWords) * 4, entry);
-      store32(table + (row * kRowWords + word) * 4, entry);
+    __device__ __forceinline__ uint32_t word(int i) const {
+      if constexpr (kFloat) return __float_as_uint(Half<T>::low(bits_[i]));
+      return 2 * i < kHeads ? bits_[2 * i] | bits_[(2 * i + 1) % kHeads] << 16 : 0;
     }
-    __syncthreads();
-  }
+
+    const uint16_t* queries_;
+    const int64_t head_stride_;
+    const int heads_, head_dim_;
+    uint32_t bits_[kHeads];  // of a channel
+  };
 
   // Where this lane's copy of channel 0 lies from the start of the table.
   static __device__ __forceinline__ uint32_t column(int lane) {

@@ -9,16 +9,26 @@
 
 namespace mustafar::cuda {
 
+// What memory says of a sequence: asked for early, and used late.
+struct Lengths {
+  int32_t compressed, window, start;
+
+  __device__ __forceinline__ Lengths(const DecodeAttentionParams& p, int64_t b)
+      : compressed(load_global32(p.lengths + 2 * b)),
+        window(load_global32(p.lengths + 2 * b + 1)),
+        start(p.starts == nullptr ? 0 : load_global32(p.starts + b)) {}
+};
+
 // Positions of a sequence that can be seen.
 struct Sequence {
   int32_t first_visible, compressed, total;  // positions
   int32_t first_slice, slices;               // with something visible
   int32_t first_chunk, chunks;               // 64 window tokens each, with something visible
 
-  __device__ __forceinline__ Sequence(const DecodeAttentionParams& p, int64_t b) {
-    compressed = max(0, min(p.lengths[2 * b], p.slices * kSliceTokens));
-    total = compressed + max(0, min(p.lengths[2 * b + 1], p.window_capacity));
-    first_visible = p.starts == nullptr ? 0 : max(0, p.starts[b]);
+  __device__ __forceinline__ Sequence(const DecodeAttentionParams& p, const Lengths& lengths) {
+    compressed = max(0, min(uniform(lengths.compressed), p.slices * kSliceTokens));
+    total = compressed + max(0, min(uniform(lengths.window), p.window_capacity));
+    first_visible = max(0, uniform(lengths.start));
     if (p.sliding_window > 0) first_visible = max(first_visible, total - p.sliding_window);
     pieces(first_visible, compressed, &first_slice, &slices);
     pieces(max(0, first_visible - compressed), total - compressed, &first_chunk, &chunks);
@@ -41,6 +51,9 @@ struct Sequence {
   }
 
  private:
+  static __device__ __forceinline__ int32_t uniform(int32_t x) {
+    return __shfl_sync(kFullWarp, x, 0);  // so that the compiler knows it uniform
+  }
   static __device__ __forceinline__ void pieces(int begin, int end, int32_t* first, int32_t* count) {
     *first = begin / kSliceTokens;
     *count = begin < end ? (end + kSliceTokens - 1) / kSliceTokens - *first : 0;

@@ -22,6 +22,16 @@ __device__ __forceinline__ void store_high16(uint32_t address, uint32_t word) {
 __device__ __forceinline__ void store32(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value));
 }
+__device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[1]) {
+  store32(address, words[0]);
+}
+__device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[2]) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]));
+}
+__device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3]));
+}
 __device__ __forceinline__ void store_zeros(uint32_t address) {  // 16 bytes
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
 }
@@ -44,6 +54,30 @@ __device__ __forceinline__ void load(uint32_t address, uint32_t (&words)[4]) {
                : "r"(address));
 }
 
+// Floats one after another, at a multiple of 16 bytes, or of 8 or 4 where they come to no more.
+template <int kCount>
+__device__ __forceinline__ void load_floats(uint32_t address, float (&x)[kCount]) {
+  constexpr int kAtOnce = kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kAtOnce) {
+    uint32_t words[kAtOnce];
+    load(address + i * 4, words);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) x[i + j] = __uint_as_float(words[j]);
+  }
+}
+
+// 32 or 16 bits of device memory.
+__device__ __forceinline__ int32_t load_global32(const int32_t* from) {
+  int32_t word;
+  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(word) : "l"(from));
+  return word;
+}
+__device__ __forceinline__ uint32_t load_global16(const void* from) {
+  uint16_t bits;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(bits) : "l"(from));
+  return bits;
+}
 // 16 bytes of device memory that are read once.
 __device__ __forceinline__ void load_once(const void* from, uint32_t (&words)[4]) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -83,9 +117,13 @@ __device__ __forceinline__ void wait_copies() {
 // Waits for all of them, committed or not.
 __device__ __forceinline__ void wait_all_copies() { asm volatile("cp.async.wait_all;"); }
 
-// By one warp.
-__device__ __forceinline__ void fill_zeros(uint32_t address, int bytes, int lane) {
-  for (int i = lane * 16; i < bytes; i += 32 * 16) store_zeros(address + i);
+// By one warp, whose lanes stay together.
+template <int kBytes>
+__device__ __forceinline__ void fill_zeros(uint32_t address, int lane) {
+  constexpr int kAtOnce = 32 * 16, kRest = kBytes % kAtOnce;
+#pragma unroll 8
+  for (int i = 0; i < kBytes - kRest; i += kAtOnce) store_zeros(address + lane * 16 + i);
+  if (lane * 16 < kRest) store_zeros(address + lane * 16 + kBytes - kRest);
 }
 
 }  // namespace mustafar::cuda

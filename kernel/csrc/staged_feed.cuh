@@ -25,6 +25,7 @@ class StagedFeed : public SliceCursor {
  public:
   static constexpr int kBitmapWords = kWords;
   static constexpr int kStagingBytes = kSliceTokens * kWordBytes + kRing * kSlotBytes;  // of a warp
+  template <bool kGaps>
   static constexpr int kLoadAt = 2;  // values of a vector are visited before the next copies are started
   static constexpr bool kShortens = false;
 

@@ -128,17 +128,25 @@ struct ValueProduct {
     }
   }
 
-  // out[head][kChannels]
-  __device__ __forceinline__ void store(float* out, int lane) const {
+  // float [kChannels][kHeads] in shared memory.
+  __device__ __forceinline__ void store(uint32_t to, int lane) const {
     const int g = lane / 4, q = lane % 4;
     if (kOrders == 1 && g % 2 != q / 2) return;  // columns of the other order
+    if (head(lane) >= kHeads) return;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int h = head(lane) + i % 2, channel = block * kMmaRows + g + i / 2 * 8;
-        const float x = kOrders == 1 || g % 2 == 0 ? sum[block][0][i] : sum[block][kOrders - 1][i];
-        if (h < kHeads) out[h * kChannels + channel] = x;
+      for (int half = 0; half < 2; ++half) {
+        uint32_t two[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          two[i] = __float_as_uint(kOrders == 1 || g % 2 == 0 ? sum[block][0][2 * half + i]
+                                                              : sum[block][kOrders - 1][2 * half + i]);
+        const uint32_t at = to + ((block * kMmaRows + g + half * 8) * kHeads + head(lane)) * 4;
+        if constexpr (kHeads == 1)
+          store32(at, two[0]);
+        else
+          cuda::store(at, two);
       }
   }
 };

@@ -1,5 +1,6 @@
 #include "feed.cuh"
 #include "launch.cuh"
+#include "merge.cuh"
 #include "staged_feed.cuh"
 #include "tile.cuh"
 #include "value_output.h"
@@ -18,8 +19,8 @@ constexpr int kWarpBytes =
     tile_bytes(kChannels) + weights_bytes(kHeads) + ValueFeed<kChannels>::kStagingBytes;
 
 // Each warp expands slices of 64 values into its tile, one after another, and multiplies each by the
-// probabilities of all heads of the pass at once. The block adds up its warps; `partial` holds the sums of
-// each split, [B, H, splits, D], unless there is one split.
+// probabilities of all heads of the pass at once. The block adds up its warps, then the cluster its splits;
+// where they are no cluster, the workspace holds the sums of each split, [B, H, splits, D].
 template <class T, int kChannels, int kHeads>
 __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
     value_output_kernel(const __grid_constant__ ValueOutputParams p, const __grid_constant__ Plan plan) {
@@ -28,10 +29,9 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
   launch_next();
   const int lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // so the compiler knows it uniform
-  const Place at(plan, blockIdx.x, p.q_heads, p.kv_heads);
+  const Place at(plan);
   const int block_warps = blockDim.x / kWarpSize;
-  char* const own = shared + warp * kBytes;
-  const uint32_t region = shared_address(own);
+  const uint32_t of_warps = shared_address(shared), region = of_warps + warp * kBytes;
   const uint32_t tile = region + kGuardRows * kTilePitch, weights = region + tile_bytes(kChannels);
 
   const Slices slices(p.value, at.b, at.kv_head, bitmap_words(p.head_dim),
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
       if (h < at.heads && token + kWarpSize < p.tokens) pairs[h] |= uint32_t{__ldg(from + kWarpSize)} << 16;
     }
   };
-  fill_zeros(region, tile_bytes(kChannels), lane);
+  fill_zeros<tile_bytes(kChannels)>(region, lane);
   ValueProduct<T, kChannels, kHeads> product;
   product.clear();
   __syncwarp();
@@ -76,21 +76,52 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
   }
   wait_copies<0>();
 
-  product.store(reinterpret_cast<float*>(own), lane);
-  __syncthreads();
-  for (int i = threadIdx.x; i < at.heads * p.head_dim; i += blockDim.x) {
-    const int head = i / p.head_dim, d = i % p.head_dim;
-    float sum = 0.f;
-    for (int w = 0; w < block_warps; ++w)
-      sum += reinterpret_cast<const float*>(shared + w * kBytes)[head * kChannels + d];
-    const int64_t q_head = at.first_head + head;
-    if (plan.splits == 1) {
-      static_cast<T*>(p.out)[at.b * p.out_batch_stride + q_head * p.out_head_stride + d] =
+  // The sums of a warp lie at the start of its memory; what the splits send each other, behind those of the
+  // first.
+  using Splits = Exchange<kChannels, kHeads>;
+  constexpr int kSumBytes = kChannels * kHeads * 4;
+  static_assert(kSumBytes + Splits::kBytes <= kBytes);
+  const Splits splits(of_warps + kSumBytes, plan.splits, at.split);
+  product.store(region, lane);
+  if (plan.clustered)
+    cluster_barrier();
+  else
+    __syncthreads();
+  const auto write = [&](int h, int channel, float sum) {
+    if (h < at.heads && channel < p.head_dim)
+      static_cast<T*>(p.out)[at.b * p.out_batch_stride + (at.first_head + h) * p.out_head_stride + channel] =
           Half<T>::round(sum);
-    } else {
-      const int64_t row = (at.b * p.q_heads + q_head) * plan.splits + at.split;
-      static_cast<float*>(p.workspace)[row * p.head_dim + d] = sum;
+  };
+  for (int channel = threadIdx.x; channel < kChannels; channel += blockDim.x) {
+    float sums[kHeads] = {};
+#pragma unroll 4
+    for (int w = 0; w < block_warps; ++w) {
+      float of_warp[kHeads];
+      load_floats(of_warps + w * kBytes + channel * kHeads * 4, of_warp);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) sums[h] += of_warp[h];
     }
+    if (plan.clustered) {
+      splits.send(channel, sums);
+      continue;
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const int64_t row = (at.b * p.q_heads + at.first_head + h) * plan.splits + at.split;
+      if (plan.splits == 1)
+        write(h, channel, sums[h]);
+      else if (h < at.heads && channel < p.head_dim)
+        static_cast<float*>(p.workspace)[row * p.head_dim + channel] = sums[h];
+    }
+  }
+  if (!plan.clustered) return;
+
+  cluster_barrier();
+  for (int i = threadIdx.x; i < splits.share * kHeads; i += blockDim.x) {
+    float sum = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < plan.splits; ++s) sum += splits.sum(s, i / kHeads, i % kHeads);
+    write(i % kHeads, at.split * splits.share + i / kHeads, sum);
   }
 }
 
@@ -108,12 +139,23 @@ __global__ void combine_kernel(const __grid_constant__ ValueOutputParams p, int 
   }
 }
 
+// Problems whose splits can be clusters, on the device at once. Any dtype stands for all.
+template <int kChannels, int kHeads>
+struct Clusters {
+  static constexpr double kCombineOverhead = 0.5;
+  const Blocks& blocks;
+  int64_t operator()(int splits) const {
+    return resident_clusters<value_output_kernel<__half, kChannels, kHeads>>(splits, blocks.threads,
+                                                                             blocks.shared_bytes);
+  }
+};
+
 // How a launch of these shapes is cut.
 template <int kChannels, int kHeads>
 cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, Blocks* blocks, Plan* plan) {
   MUSTAFAR_CUDA_TRY(size_blocks(0, kWarpBytes<kChannels, kHeads>, max_warps(kChannels), 1, blocks));
-  *plan =
-      make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), slices, blocks->teams, blocks->resident);
+  *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), slices, blocks->teams, blocks->resident,
+                    Clusters<kChannels, kHeads>{*blocks});
   return cudaSuccess;
 }
 
@@ -122,9 +164,10 @@ cudaError_t run(const ValueOutputParams& p, cudaStream_t stream) {
   Blocks blocks;
   Plan plan;
   MUSTAFAR_CUDA_TRY((prepare<kChannels, kHeads>(p.batch, p.q_heads, p.kv_heads, p.slices, &blocks, &plan)));
-  if (plan.splits > 1 && !(p.workspace != nullptr && aligned(p.workspace, 16))) return cudaErrorInvalidValue;
+  if (plan.splits > 1 && !plan.clustered && !(p.workspace != nullptr && aligned(p.workspace, 16)))
+    return cudaErrorInvalidValue;
   MUSTAFAR_CUDA_TRY(launch(value_output_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan));
-  if (plan.splits == 1) return cudaSuccess;
+  if (plan.splits == 1 || plan.clustered) return cudaSuccess;
   return launch_after(combine_kernel<T>, int64_t{p.batch} * p.q_heads, std::min(kChannels, 128), stream, p,
                       plan.splits);
 }
@@ -143,7 +186,7 @@ int64_t value_output_workspace_bytes(int batch, int q_heads, int kv_heads, int h
         Plan plan;
         MUSTAFAR_CUDA_TRY(
             (prepare<channels, kernel_heads(heads)>(batch, q_heads, kv_heads, slices, &blocks, &plan)));
-        splits = plan.splits;
+        splits = plan.clustered ? 1 : plan.splits;
         return cudaSuccess;
       });
   if (error != cudaSuccess) return -1;
