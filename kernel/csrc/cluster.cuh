@@ -8,14 +8,23 @@
 
 namespace mustafar::cuda {
 
-constexpr int kMostClusterBlocks = 16;  // 8 are portable, 16 what an H100 and an H200 take
+constexpr int kPortableClusterBlocks = 8, kMostClusterBlocks = 16;  // 16 are what an H100 and an H200 take
 
-// Waits for every thread of the cluster; what they wrote to shared memory before can be read after.
-__device__ __forceinline__ void cluster_barrier() {
+// A barrier of all threads of the cluster, in two halves: what they wrote to shared memory before the first
+// can be read after the second.
+__device__ __forceinline__ void arrive_at_cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void wait_at_cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_barrier() {
+  arrive_at_cluster_barrier();
+  wait_at_cluster_barrier();
 }
 
 // Stores floats at `address` of shared memory, but of block `rank` of the cluster: at a multiple of 16 bytes,
@@ -59,15 +68,15 @@ struct ClusterLaunch {
   ClusterLaunch(const ClusterLaunch&) = delete;
 };
 
-// So many clusters of `blocks` blocks of the kernel the current device holds at once: none before sm_90, or
-// where it does not take clusters of this size. `threads` and `shared_bytes` are always the same for a kernel
-// and device: the answer takes some microseconds, and is kept.
+// So many clusters of `blocks` blocks of the kernel `device`, the current one, holds at once: none before
+// sm_90, or where it does not take clusters of this size. `threads` and `shared_bytes` are always the same
+// for a kernel and device: the answer takes some microseconds, and is kept.
 template <auto kKernel>
-int resident_clusters(int blocks, int threads, int shared_bytes) {
+int resident_clusters(int device, int blocks, int threads, int shared_bytes) {
   constexpr int kDevices = 16;
   static std::atomic<int32_t> known[kDevices][kMostClusterBlocks + 1];  // answers plus one
-  int device, major;
-  if (blocks > kMostClusterBlocks || cudaGetDevice(&device) != cudaSuccess) return 0;
+  int major;
+  if (blocks > kMostClusterBlocks) return 0;
   std::atomic<int32_t>* const answer = device < kDevices ? &known[device][blocks] : nullptr;
   if (answer != nullptr && answer->load(std::memory_order_relaxed) > 0)
     return answer->load(std::memory_order_relaxed) - 1;

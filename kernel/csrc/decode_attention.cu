@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -42,6 +43,15 @@ constexpr int kWarpBytes = tile_bytes(kChannels) + weights_bytes(kHeads) + maxim
 static_assert(kFewSinkRows * kTilePitch + weights_bytes(8) >= window_scores_bytes(8));
 template <int kChannels>
 constexpr int kTableBytes = QueryTable<__half, kChannels, 1>::kBytes;  // of any dtype and heads
+
+// A thread fills the table for so many channels at most: with 99 KB of shared memory, the least of sm_80 and
+// newer.
+template <int kChannels, int kHeads>
+constexpr int kLeastWarps = std::min(kMaxWarps<kChannels, kHeads>,
+                                     (99 * 1024 - kTableBytes<kChannels>) / kWarpBytes<kChannels, kHeads>);
+template <int kChannels, int kHeads>
+constexpr int kTablePasses = (kChannels + kLeastWarps<kChannels, kHeads> * kWarpSize - 1) /
+                             (kLeastWarps<kChannels, kHeads> * kWarpSize);
 
 // Partial results of the splits: Partial [B, H, splits], then float [B, H, splits, D].
 struct Workspace {
@@ -238,7 +248,7 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   const uint32_t staging = weights + weights_bytes(kHeads) + maxima_bytes(kHeads);
   SomeFeed keys(key_slices, staging, lane), values(value_slices, staging + SomeFeed::kStagingBytes, lane);
   if (first >= sequence.chunks) fill_zeros<tile_bytes(kChannels)>(region, lane);
-  fill.finish(table);
+  fill.template finish<kTablePasses<kChannels, kHeads>>(table);
 
   Worker<T, kChannels, kHeads> worker{table,      region + kGuardRows * kTilePitch, weights, p.head_dim, lane,
                                       score_scale};
@@ -262,12 +272,11 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   static_assert(kMaxWarps<kChannels, kHeads> <= Warps::kMostWarps);
   const Splits splits(table, plan.splits, at.split);
   const Warps warps{of_warps, table + Splits::kBytes, block_warps};
-  if (plan.clustered)
-    cluster_barrier();
-  else
-    __syncthreads();
+  if (plan.clustered) arrive_at_cluster_barrier();
+  __syncthreads();
   warps.find_factors();
   __syncthreads();
+  if (plan.clustered) wait_at_cluster_barrier();
   const Workspace workspace(p.workspace, int64_t{p.batch} * p.q_heads * plan.splits);
   const auto row = [&](int h) { return (at.b * p.q_heads + at.first_head + h) * plan.splits + at.split; };
   for (int channel = threadIdx.x; channel < kChannels; channel += blockDim.x) {
@@ -328,8 +337,8 @@ struct Clusters {
   static constexpr double kCombineOverhead = 0.5;
   const Blocks& blocks;
   int64_t operator()(int splits) const {
-    return resident_clusters<decode_attention_kernel<__half, kChannels, kHeads>>(splits, blocks.threads,
-                                                                                 blocks.shared_bytes);
+    return resident_clusters<decode_attention_kernel<__half, kChannels, kHeads>>(
+        blocks.device, splits, blocks.threads, blocks.shared_bytes);
   }
 };
 
@@ -339,6 +348,7 @@ cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window
                     Plan* plan) {
   MUSTAFAR_CUDA_TRY(size_blocks(kTableBytes<kChannels>, kWarpBytes<kChannels, kHeads>,
                                 kMaxWarps<kChannels, kHeads>, 1, blocks));
+  if (blocks->threads * kTablePasses<kChannels, kHeads> < kChannels) return cudaErrorInvalidConfiguration;
   const int64_t units = slices + slices_of(window_capacity);
   *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), units, blocks->teams, blocks->resident,
                     Clusters<kChannels, kHeads>{*blocks});

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kHeads), kBlocksPerSm)
                        plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
   const uint32_t table = shared_address(shared);
   KeyFeed<kChannels> feed(slices, 0, lane);
-  fill.finish(table);
+  static_assert(max_warps(kHeads) * kWarpSize >= kChannels);
+  fill.template finish<1>(table);
   T* out = static_cast<T*>(p.scores) + at.b * p.scores_batch_stride + at.first_head * p.scores_head_stride;
   if (slices.first >= slices.end) return;
   QueryWalk<Queries, KeyFeed<kChannels>::kBitmapWords> walk(table + Queries::column(lane), p.head_dim);

@@ -27,7 +27,7 @@ namespace mustafar::cuda {
 // and `per_team` for each team: as many teams as the current device has room for, on sm_86 and sm_89 within
 // 99 KB.
 struct Blocks {
-  int teams, threads, shared_bytes, sms;
+  int device, teams, threads, shared_bytes, sms;
   int64_t resident;  // as many as shared memory lets be on the device at once
 };
 
@@ -35,6 +35,7 @@ inline cudaError_t size_blocks(int fixed, int per_team, int most_teams, int team
   constexpr int kReservedBytes = 1024;  // of shared memory per block, taken by CUDA
   int device, block_bytes, sm_bytes;
   MUSTAFAR_CUDA_TRY(cudaGetDevice(&device));
+  blocks->device = device;
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&blocks->sms, cudaDevAttrMultiProcessorCount, device));
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   MUSTAFAR_CUDA_TRY(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
@@ -98,7 +99,8 @@ cudaError_t launch(void (*kernel)(KernelArgs...), const Plan& plan, const Blocks
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, blocks.shared_bytes));
   const dim3 grid(static_cast<unsigned>(blocks_x), plan.kv_heads, plan.batch);
   if (plan.clustered) {
-    MUSTAFAR_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    if (plan.splits > kPortableClusterBlocks)
+      MUSTAFAR_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     const ClusterLaunch clusters(grid, plan.splits, blocks.threads, blocks.shared_bytes, stream);
     return cudaLaunchKernelEx(&clusters.config, kernel, args...);
   }

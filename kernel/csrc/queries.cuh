@@ -37,30 +37,22 @@ struct QueryTable {
       ask(threadIdx.x % kChannels);
     }
 
-    // Ends with a barrier. Rows before and after the channels are zeros.
+    // Ends with a barrier. Rows before and after the channels are zeros. A block that has fewer threads than
+    // channels takes up to kPasses. (A loop as long as it needs made ptxas schedule the walks of some kernels
+    // worse.)
+    template <int kPasses>
     __device__ __forceinline__ void finish(uint32_t table) {
-      constexpr int kVectors =
-          kPitch / 16;  // of a row, with as many copies of the entry as there is room for
-      // Each channel has as many threads as there are, and they take turns with the vectors of its row, every
-      // channel from another on: 8 neighbouring channels' stores do not conflict.
-      const int parts = max(1, static_cast<int>(blockDim.x) / kChannels), part = threadIdx.x / kChannels;
-      if (part < parts) {
-        for (int channel = threadIdx.x % kChannels;;) {
-          uint32_t words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) words[i] = word(i % kEntryWords);
-          const uint32_t row = table + (kGuardRows + channel) * kPitch;
-#pragma unroll 1
-          for (int i = part; i < kVectors; i += parts)
-            store(row + (i + channel * kPitch / 128) % kVectors * 16, words);
-          channel += blockDim.x;
-          if (channel >= kChannels) break;
-          ask(channel);
-        }
-      }
       constexpr int kGuardBytes = kGuardRows * kPitch;
       for (int i = threadIdx.x * 16; i < kGuardBytes + kSinkRows * kPitch; i += blockDim.x * 16)
         store_zeros(table + i + (i < kGuardBytes ? 0 : kChannels * kPitch));
+      put(table, threadIdx.x % kChannels);
+#pragma unroll
+      for (int pass = 1; pass < kPasses; ++pass) {
+        const int channel = threadIdx.x + pass * blockDim.x;
+        if (channel >= kChannels) break;
+        ask(channel);
+        put(table, channel);
+      }
       __syncthreads();
     }
 
@@ -70,6 +62,20 @@ struct QueryTable {
       for (int h = 0; h < kHeads; ++h)
         bits_[h] =
             h < heads_ && channel < head_dim_ ? load_global16(queries_ + h * head_stride_ + channel) : 0;
+    }
+    // A channel has as many threads as there are for each, which take turns with the vectors of its row,
+    // every channel from another on: stores of 8 neighbouring channels do not conflict.
+    __device__ __forceinline__ void put(uint32_t table, int channel) const {
+      constexpr int kVectors = kPitch / 16;  // of a row, with as many copies of the entry as fit
+      const int parts = max(1, static_cast<int>(blockDim.x) / kChannels), part = threadIdx.x / kChannels;
+      if (part >= parts) return;
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = word(i % kEntryWords);
+      const uint32_t row = table + (kGuardRows + channel) * kPitch;
+#pragma unroll 1
+      for (int i = part; i < kVectors; i += parts)
+        store(row + (i + channel * kPitch / 128) % kVectors * 16, words);
     }
     __device__ __forceinline__ uint32_t word(int i) const {
       if constexpr (kFloat) return __float_as_uint(Half<T>::low(bits_[i]));

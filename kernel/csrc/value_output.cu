@@ -83,10 +83,9 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
   static_assert(kSumBytes + Splits::kBytes <= kBytes);
   const Splits splits(of_warps + kSumBytes, plan.splits, at.split);
   product.store(region, lane);
-  if (plan.clustered)
-    cluster_barrier();
-  else
-    __syncthreads();
+  if (plan.clustered) arrive_at_cluster_barrier();
+  __syncthreads();
+  if (plan.clustered) wait_at_cluster_barrier();
   const auto write = [&](int h, int channel, float sum) {
     if (h < at.heads && channel < p.head_dim)
       static_cast<T*>(p.out)[at.b * p.out_batch_stride + (at.first_head + h) * p.out_head_stride + channel] =
@@ -145,8 +144,8 @@ struct Clusters {
   static constexpr double kCombineOverhead = 0.5;
   const Blocks& blocks;
   int64_t operator()(int splits) const {
-    return resident_clusters<value_output_kernel<__half, kChannels, kHeads>>(splits, blocks.threads,
-                                                                             blocks.shared_bytes);
+    return resident_clusters<value_output_kernel<__half, kChannels, kHeads>>(
+        blocks.device, splits, blocks.threads, blocks.shared_bytes);
   }
 };
 
