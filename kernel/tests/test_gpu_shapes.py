@@ -84,3 +84,19 @@ def test_hardly_filled_capacity(device, dtype):
     """Storage for 20,000 tokens of which three are in use."""
     args = step(device, dtype, heads=1, tokens=20_000 if device == "cuda" else 2000, lengths=[[2, 1], [0, 3]])
     assert_attends(ops.decode_attention(**args), args)
+
+
+@pytest.mark.parametrize("batch", [65535, 65536])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_largest_batch(batch):
+    """What a grid holds works, and one sequence more is refused by name."""
+    args = step("cuda", torch.float16, batch=batch, heads=1, group=1, tokens=3, head_dim=8, window=1)
+    if batch <= 65535:
+        assert_attends(ops.decode_attention(**args), args)
+        assert_multiplies(args["q"], args["k"])
+        return
+    with pytest.raises(ValueError, match="at most 65535 sequences"):
+        ops.decode_attention(**args)
+    with pytest.raises(ValueError, match="key_scores: at most 65535"):
+        ops.key_scores(args["q"], args["k"])

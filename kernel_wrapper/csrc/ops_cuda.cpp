@@ -19,6 +19,12 @@ int64_t decode_attention_workspace_size(int64_t batch, int64_t q_heads, int64_t 
 
 namespace {
 
+// Grids have them as their second and third dimension.
+void check_grid(int64_t batch, int64_t kv_heads, const char* op) {
+  TORCH_CHECK_VALUE(batch <= 65535 && kv_heads <= 65535, op,
+                    ": at most 65535 sequences and 65535 KV heads on a GPU, got ", batch, " and ", kv_heads);
+}
+
 at::Tensor key_scores(const at::Tensor& q, const at::Tensor& bitmap, const at::Tensor& values,
                       const OptionalTensor& offsets, const OptionalTensor& widths, int64_t tokens) {
   const c10::cuda::CUDAGuard guard(q.device());
@@ -26,6 +32,7 @@ at::Tensor key_scores(const at::Tensor& q, const at::Tensor& bitmap, const at::T
   at::Tensor scores = check_key_scores(q, key, tokens);
   const KeyScoresParams params = key_scores_params(q, key, tokens, scores);
   if (scores.numel() == 0) return scores;
+  check_grid(params.batch, params.kv_heads, "key_scores");
   check_launch(cuda::key_scores(params, at::cuda::getCurrentCUDAStream()), "key_scores");
   return scores;
 }
@@ -37,6 +44,7 @@ at::Tensor value_output(const at::Tensor& p, const at::Tensor& bitmap, const at:
   at::Tensor out = check_value_output(p, value, head_dim);
   ValueOutputParams params = value_output_params(p, value, head_dim, out);
   if (p.numel() == 0) return out.zero_();
+  check_grid(params.batch, params.kv_heads, "value_output");
   const int64_t bytes = cuda::value_output_workspace_bytes(params.batch, params.q_heads, params.kv_heads,
                                                            params.head_dim, params.slices);
   at::Tensor workspace = at::empty({bytes}, p.options().dtype(at::kByte));
@@ -59,6 +67,7 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k_bitmap, con
       q, {"key", k_bitmap, k_values, k_offsets, k_widths}, {"value", v_bitmap, v_values, v_offsets, v_widths},
       k_window, v_window, lengths, starts, scale, sliding_window, out);
   if (out.numel() == 0) return out;
+  check_grid(params.batch, params.kv_heads, "decode_attention");
   const int64_t bytes = cuda::decode_attention_workspace_bytes(
       params.batch, params.q_heads, params.kv_heads, params.head_dim, params.slices, params.window_capacity);
   at::Tensor buffer;
