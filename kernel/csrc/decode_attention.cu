@@ -187,6 +187,7 @@ struct Worker {
     for (int h = 0; h < kHeads; ++h)
       above |= fmaxf(scores.of[0][h], scores.of[1][h]) > maximum[h] + kMaximumSlack;
     if (__any_sync(kFullWarp, above)) {
+      __syncwarp();                   // all lanes have read the maxima
       float factors[2] = {1.f, 1.f};  // of the heads whose output sums this lane holds
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {

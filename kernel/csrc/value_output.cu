@@ -11,7 +11,7 @@ namespace {
 struct MostHeads {  // of a pass: rows of the mma
   constexpr int operator()(int /*channels*/) const { return 8; }
 };
-constexpr int max_warps(int channels) { return channels == 256 ? 6 : 10; }
+constexpr int max_warps(int channels) { return channels == 256 ? 6 : 11; }
 template <int kChannels>
 using ValueFeed = StagedFeed<kChannels / 32>;
 template <int kChannels, int kHeads>
