@@ -131,6 +131,13 @@ def _sequences(c: CompressedTensor) -> list[CompressedTensor]:
     return [dataclasses.replace(c, **dict(zip(names, part, strict=True))) for part in parts]
 
 
+def sequences(x: torch.Tensor | CompressedTensor, part: slice) -> torch.Tensor | CompressedTensor:
+    """Some of the sequences of a tensor, or of a compressed one in the uniform layout."""
+    if isinstance(x, torch.Tensor):
+        return x[part]
+    return dataclasses.replace(x, bitmap=x.bitmap[part], values=x.values[part])
+
+
 def assert_attends(got: torch.Tensor, args: dict, what: object = "") -> None:
     """`got` is at most twice as far from float32 as PyTorch's SDPA in the same dtype."""
     assert_accurate(got, sdpa(args), in_float32(args), what)

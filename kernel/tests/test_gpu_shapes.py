@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 import torch
-from decode_steps import LAYOUTS, assert_attends, assert_multiplies, on_each_device, on_each_target, step
+from decode_steps import (
+    LAYOUTS,
+    assert_attends,
+    assert_multiplies,
+    on_each_device,
+    on_each_target,
+    sequences,
+    step,
+)
 from mustafar import ops
 
 HEAD_DIMS = (8, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256)
@@ -86,17 +94,25 @@ def test_hardly_filled_capacity(device, dtype):
     assert_attends(ops.decode_attention(**args), args)
 
 
-@pytest.mark.parametrize("batch", [65535, 65536])
+@on_each_device
+def test_largest_batch(device):
+    """As many sequences as a CUDA grid holds: the first and the last come out as they do alone."""
+    batch = 65535 if device == "cuda" else 3000
+    args = step(device, torch.float16, batch=batch, heads=1, group=1, tokens=3, head_dim=8, window=1)
+    out = ops.decode_attention(**args)
+    for part in (slice(0, 3), slice(batch - 3, batch)):
+        alone = {n: sequences(x, part) for n, x in args.items()}
+        assert_attends(out[part], alone)
+        assert torch.equal(ops.key_scores(args["q"], args["k"])[part], ops.key_scores(alone["q"], alone["k"]))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_largest_batch(batch):
-    """What a grid holds works, and one sequence more is refused by name."""
-    args = step("cuda", torch.float16, batch=batch, heads=1, group=1, tokens=3, head_dim=8, window=1)
-    if batch <= 65535:
-        assert_attends(ops.decode_attention(**args), args)
-        assert_multiplies(args["q"], args["k"])
-        return
-    with pytest.raises(ValueError, match="at most 65535 sequences"):
+def test_larger_batches_are_refused():
+    args = step("cuda", torch.float16, batch=65536, heads=1, group=1, tokens=3, head_dim=8, window=1)
+    with pytest.raises(ValueError, match="decode_attention: at most 65535 sequences"):
         ops.decode_attention(**args)
-    with pytest.raises(ValueError, match="key_scores: at most 65535"):
+    with pytest.raises(ValueError, match="key_scores: at most 65535 sequences"):
         ops.key_scores(args["q"], args["k"])
+    with pytest.raises(ValueError, match="value_output: at most 65535 sequences"):
+        ops.value_output(torch.ones(65536, 1, 3, device="cuda", dtype=torch.float16), args["v"])
