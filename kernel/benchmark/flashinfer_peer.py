@@ -10,6 +10,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +48,10 @@ def first_line(error: Exception) -> str:
 
 
 def build(cases: Iterable[Case]) -> None:
-    """Compile the kernels that the attention cases need, all in one build.
+    """Compile the kernels that the attention cases need, side by side.
+
+    Each in a ninja of its own, as FlashInfer does when a kernel is first called: what its own build of several,
+    `build_jit_specs`, has made in one ninja would be made once more then (0.6.13).
 
     Raises
     ------
@@ -55,7 +59,6 @@ def build(cases: Iterable[Case]) -> None:
         With the compiler's output.
     """
     from flashinfer.jit.attention import gen_batch_prefill_module, gen_single_prefill_module
-    from flashinfer.jit.core import build_jit_specs
 
     wanted = [case.shape for case in cases if case.section in ATTENTION_SECTIONS]
     plain = (0, False, False, False)  # no position encoding, sliding window, soft cap, float16 sums
@@ -68,7 +71,8 @@ def build(cases: Iterable[Case]) -> None:
     for name, head_dim in sorted({(s.dtype, s.head_dim) for s in wanted if s.batch == 1}):
         dtype = getattr(torch, name)
         specs.append(gen_single_prefill_module("fa2", dtype, dtype, dtype, head_dim, head_dim, *plain))
-    build_jit_specs(specs)
+    with ThreadPoolExecutor(max(1, len(specs))) as pool:  # each waits for a process
+        list(pool.map(lambda spec: spec.build(verbose=False), specs))
     missing = [spec.name for spec in specs if not spec.is_compiled]
     if missing:  # ninja, when it is stopped, may say that all went well
         raise RuntimeError(f"{len(missing)} of {len(specs)} modules are missing: {', '.join(missing)}")

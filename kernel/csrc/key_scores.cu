@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kHeads), kBlocksPerSm)
                        plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
   const uint32_t table = shared_address(shared);
   KeyFeed<kChannels> feed(slices, 0, lane);
-  static_assert(max_warps(kHeads) * kWarpSize >= kChannels);
   fill.template finish<1>(table);
   T* out = static_cast<T*>(p.scores) + at.b * p.scores_batch_stride + at.first_head * p.scores_head_stride;
   if (slices.first >= slices.end) return;
@@ -59,6 +58,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kHeads), kBlocksPerSm)
 
 template <class T, int kChannels, int kHeads>
 cudaError_t run(const KeyScoresParams& p, cudaStream_t stream) {
+  static_assert(max_warps(kHeads) * kWarpSize >= kChannels);  // the table is filled in one pass
   Blocks blocks;
   using Queries = QueryTable<T, kChannels, kHeads>;
   MUSTAFAR_CUDA_TRY(size_blocks(Queries::kBytes, 0, max_warps(kHeads), 1, &blocks));
