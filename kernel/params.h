@@ -11,6 +11,7 @@ namespace mustafar {
 constexpr int kSliceTokens = 64;  // tokens of a slice
 constexpr int kVectorValues = 8;  // values of a vector: 16 bytes in half precision
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxGridSize = 65535;  // sequences of a batch, KV heads: dimensions of a CUDA grid
 
 enum class DType : int32_t { kFloat16, kBFloat16, kFloat32 };
 

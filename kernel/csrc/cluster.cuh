@@ -1,4 +1,5 @@
-// Blocks that run at the same time and read each other's shared memory: thread block clusters, from sm_90 on.
+// Blocks that run at the same time and write to each other's shared memory: thread block clusters, from sm_90
+// on.
 #pragma once
 
 #include <cuda_runtime.h>

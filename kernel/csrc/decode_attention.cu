@@ -248,6 +248,7 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   const Slices value_slices(p.value, at.b, at.kv_head, words, share);
   const uint32_t staging = weights + weights_bytes(kHeads) + maxima_bytes(kHeads);
   SomeFeed keys(key_slices, staging, lane), values(value_slices, staging + SomeFeed::kStagingBytes, lane);
+  // While queries and slices come; the tiles of others are for their chunk of the window first.
   if (first >= sequence.chunks) fill_zeros<tile_bytes(kChannels)>(region, lane);
   fill.template finish<kTablePasses<kChannels, kHeads>>(table);
 
@@ -331,18 +332,6 @@ __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, 
   }
 }
 
-// Problems whose splits can be clusters, on the device at once. Any dtype stands for all.
-template <int kChannels, int kHeads>
-struct Clusters {
-  // At batch 1, 4k 8 splits in clusters took 0.0149 ms, 14 with a second kernel 0.0167.
-  static constexpr double kCombineOverhead = 0.5;
-  const Blocks& blocks;
-  int64_t operator()(int splits) const {
-    return resident_clusters<decode_attention_kernel<__half, kChannels, kHeads>>(
-        blocks.device, splits, blocks.threads, blocks.shared_bytes);
-  }
-};
-
 // How a launch of these shapes is cut, whatever the dtype.
 template <int kChannels, int kHeads>
 cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window_capacity, Blocks* blocks,
@@ -352,7 +341,7 @@ cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window
   if (blocks->threads * kTablePasses<kChannels, kHeads> < kChannels) return cudaErrorInvalidConfiguration;
   const int64_t units = slices + slices_of(window_capacity);
   *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), units, blocks->teams, blocks->resident,
-                    Clusters<kChannels, kHeads>{*blocks});
+                    KernelClusters<decode_attention_kernel<__half, kChannels, kHeads>>{*blocks});
   // No more warps than the block has units for, but 8 bring in the tables.
   const int64_t of_block = (units + plan->splits - 1) / plan->splits;
   blocks->threads =

@@ -1,6 +1,6 @@
 // Compressed rows: where the rows of a slice lie, and the walk over their values in channel order. A warp
-// takes the 64 rows of a slice, every lane two of them. feed.cuh brings them to shared memory; nothing else
-// reads the format.
+// takes the 64 rows of a slice, every lane two of them. feed.cuh and staged_feed.cuh bring them to it;
+// nothing else reads the format.
 #pragma once
 
 #include <cstdint>

@@ -22,9 +22,6 @@ __device__ __forceinline__ void store_high16(uint32_t address, uint32_t word) {
 __device__ __forceinline__ void store32(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value));
 }
-__device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[1]) {
-  store32(address, words[0]);
-}
 __device__ __forceinline__ void store(uint32_t address, const uint32_t (&words)[2]) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]));
 }

@@ -26,7 +26,7 @@ class StagedFeed : public SliceCursor {
   static constexpr int kBitmapWords = kWords;
   static constexpr int kStagingBytes = kSliceTokens * kWordBytes + kRing * kSlotBytes;  // of a warp
   template <bool kGaps>
-  static constexpr int kLoadAt = 0;  // 2: value_output 3 %, groups of 6 2 % slower
+  static constexpr int kLoadAt = 0;  // as in Feed. 2: value_output 3 %, groups of 6 2 % slower
   static constexpr bool kShortens = false;
 
   // Starts the first copies. fetch() and begin() go to the first slice.

@@ -138,23 +138,12 @@ __global__ void combine_kernel(const __grid_constant__ ValueOutputParams p, int 
   }
 }
 
-// Problems whose splits can be clusters, on the device at once. Any dtype stands for all.
-template <int kChannels, int kHeads>
-struct Clusters {
-  static constexpr double kCombineOverhead = 0.5;
-  const Blocks& blocks;
-  int64_t operator()(int splits) const {
-    return resident_clusters<value_output_kernel<__half, kChannels, kHeads>>(
-        blocks.device, splits, blocks.threads, blocks.shared_bytes);
-  }
-};
-
 // How a launch of these shapes is cut.
 template <int kChannels, int kHeads>
 cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, Blocks* blocks, Plan* plan) {
   MUSTAFAR_CUDA_TRY(size_blocks(0, kWarpBytes<kChannels, kHeads>, max_warps(kChannels), 1, blocks));
   *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), slices, blocks->teams, blocks->resident,
-                    Clusters<kChannels, kHeads>{*blocks});
+                    KernelClusters<value_output_kernel<__half, kChannels, kHeads>>{*blocks});
   return cudaSuccess;
 }
 

@@ -119,23 +119,17 @@ def sdpa(args: dict) -> torch.Tensor:
 def in_float32(args: dict) -> torch.Tensor:
     """The reference in float32, sequence by sequence: it unpacks the whole batch for each."""
     batched = {n: x for n, x in args.items() if n in BATCHED and x is not None}
-    split = {n: _sequences(x) if isinstance(x, CompressedTensor) else x.split(1) for n, x in batched.items()}
     rest = {n: x for n, x in args.items() if n not in batched}
-    steps = [dict(zip(split, parts, strict=True)) for parts in zip(*split.values(), strict=True)]
+    steps = [{n: sequences(x, slice(b, b + 1)) for n, x in batched.items()} for b in range(len(args["q"]))]
     return torch.cat([reference.decode_attention(**one, **rest) for one in steps])
 
 
-def _sequences(c: CompressedTensor) -> list[CompressedTensor]:
-    names = ("bitmap", "values") if c.is_uniform else ("bitmap", "offsets", "widths")
-    parts = zip(*(getattr(c, n).split(1) for n in names), strict=True)
-    return [dataclasses.replace(c, **dict(zip(names, part, strict=True))) for part in parts]
-
-
 def sequences(x: torch.Tensor | CompressedTensor, part: slice) -> torch.Tensor | CompressedTensor:
-    """Some of the sequences of a tensor, or of a compressed one in the uniform layout."""
+    """Some of the sequences of a tensor, compressed or not."""
     if isinstance(x, torch.Tensor):
         return x[part]
-    return dataclasses.replace(x, bitmap=x.bitmap[part], values=x.values[part])
+    names = ("bitmap", "values") if x.is_uniform else ("bitmap", "offsets", "widths")
+    return dataclasses.replace(x, **{n: getattr(x, n)[part] for n in names})
 
 
 def assert_attends(got: torch.Tensor, args: dict, what: object = "") -> None:

@@ -19,10 +19,9 @@ int64_t decode_attention_workspace_size(int64_t batch, int64_t q_heads, int64_t 
 
 namespace {
 
-// Grids have them as their second and third dimension.
 void check_grid(int64_t batch, int64_t kv_heads, const char* op) {
-  TORCH_CHECK_VALUE(batch <= 65535 && kv_heads <= 65535, op,
-                    ": at most 65535 sequences and 65535 KV heads on a GPU, got ", batch, " and ", kv_heads);
+  TORCH_CHECK_VALUE(batch <= kMaxGridSize && kv_heads <= kMaxGridSize, op, ": at most ", kMaxGridSize,
+                    " sequences and ", kMaxGridSize, " KV heads on a GPU, got ", batch, " and ", kv_heads);
 }
 
 at::Tensor key_scores(const at::Tensor& q, const at::Tensor& bitmap, const at::Tensor& values,
