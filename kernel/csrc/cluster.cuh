@@ -11,11 +11,20 @@ namespace mustafar::cuda {
 
 constexpr int kPortableClusterBlocks = 8, kMostClusterBlocks = 16;  // 16 are what an H100 and an H200 take
 
+__device__ __forceinline__ int floor_log2(int x) { return 31 - __clz(x); }
+
 // A barrier of all threads of the cluster, in two halves: what they wrote to shared memory before the first
 // can be read after the second.
 __device__ __forceinline__ void arrive_at_cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// The same where nothing written before is read after: what comes after is only not to come sooner. It does
+// not wait until this thread's stores are seen.
+__device__ __forceinline__ void arrive_relaxed_at_cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void wait_at_cluster_barrier() {

@@ -61,18 +61,22 @@ struct Workspace {
       : partials(static_cast<Partial*>(memory)), sums(reinterpret_cast<float*>(partials + rows)) {}
 };
 
+// Where the output of a query head is.
 template <class T>
-__device__ __forceinline__ void write_output(const DecodeAttentionParams& p, int64_t b, int64_t head, int d,
-                                             float sum, float weight, bool nothing_visible) {
-  // Visible tokens whose scores are all -inf have weight 0: 0 / 0 is the NaN that dense attention gives.
-  static_cast<T*>(p.out)[b * p.out_batch_stride + head * p.out_head_stride + d] =
-      Half<T>::round(nothing_visible ? 0.f : sum / weight);
+__device__ __forceinline__ T* output_row(const DecodeAttentionParams& p, int64_t b, int64_t head) {
+  return static_cast<T*>(p.out) + b * p.out_batch_stride + head * p.out_head_stride;
+}
+// Visible tokens whose scores are all -inf have weight 0: 0 / 0 is the NaN that dense attention gives.
+template <class T>
+__device__ __forceinline__ T merged_output(float2 merged, bool nothing_visible) {
+  return Half<T>::round(nothing_visible ? 0.f : __fdividef(merged.x, merged.y));
 }
 
 // The work of a warp: 64 tokens after another, window chunks and then slices. The scores of a slice are there
 // when its values are walked; the keys of the next slice are walked in the same loop, for twice the
 // independent instructions. Scores are in powers of two.
-template <class T, int kChannels, int kHeads>
+//   kOnce  of one 64 at most
+template <class T, int kChannels, int kHeads, bool kOnce>
 struct Worker {
   using Queries = QueryTable<T, kChannels, kHeads>;
   using SomeFeed = SliceFeed<kChannels, kHeads>;
@@ -109,7 +113,8 @@ struct Worker {
 
   // All slices of the feeds, of which there is at least one. The scores of a slice come first; its values are
   // walked together with the keys of the next one: the same code at the start, without values, and at the
-  // end, without keys, for the instruction cache.
+  // end, without keys, for the instruction cache. An only slice's keys and values are walked together: two
+  // walks one after the other would wait for memory twice.
   __device__ __forceinline__ void slices(SomeFeed& keys, SomeFeed& values) {
     Scatter scatter;
     QueryWalk<Queries, kWords> key_walk(table + Queries::column(lane), head_dim);
@@ -117,6 +122,17 @@ struct Worker {
     if constexpr (SomeFeed::kStagingBytes > 0) keys.fetch();
     keys.begin(key_walk, head_dim);
     keys.hide(key_walk);
+    if constexpr (kOnce) {
+      values.begin(value_walk, head_dim);
+      values.hide(value_walk);
+      scores.clear();
+      visit_both(Tour{keys, key_walk, scores}, keys.vectors(), Tour{values, value_walk, scatter},
+                 values.vectors());
+      scores_done(keys);
+      weigh();
+      multiply();
+      return;
+    }
     value_walk.has_gap = false;
     int value_vectors = 0;
     for (bool first = true;; first = false) {
@@ -219,7 +235,7 @@ struct Worker {
   }
 };
 
-template <class T, int kChannels, int kHeads>
+template <class T, int kChannels, int kHeads, bool kOnce>
 __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p,
                             const __grid_constant__ Plan plan, float score_scale) {
@@ -236,23 +252,23 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   typename Queries::Fill fill(
       static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride, p.q_head_stride,
       at.heads, p.head_dim);
+  const int words = bitmap_words(p.head_dim);
+  const Stored stored_keys(p.key, at.b, at.kv_head, words), stored_values(p.value, at.b, at.kv_head, words);
   const uint32_t table = shared_address(shared), of_warps = table + Queries::kBytes;
   const uint32_t region = of_warps + warp * kBytes;
   const Sequence sequence(p, lengths);
   const uint32_t weights = region + tile_bytes(kChannels);
   // Neighbouring pieces of a sequence go to different blocks: all of them end at the same time.
   const int first = warp * plan.splits + at.split, step = block_warps * plan.splits;
-  const int words = bitmap_words(p.head_dim);
   const Share share = sequence.deal(first, step);
-  const Slices key_slices(p.key, at.b, at.kv_head, words, share);
-  const Slices value_slices(p.value, at.b, at.kv_head, words, share);
+  const Slices key_slices(stored_keys, share), value_slices(stored_values, share);
   const uint32_t staging = weights + weights_bytes(kHeads) + maxima_bytes(kHeads);
   SomeFeed keys(key_slices, staging, lane), values(value_slices, staging + SomeFeed::kStagingBytes, lane);
   // While queries and slices come; the tiles of others are for their chunk of the window first.
   if (first >= sequence.chunks) fill_zeros<tile_bytes(kChannels)>(region, lane);
   fill.template finish<kTablePasses<kChannels, kHeads>>(table);
 
-  Worker<T, kChannels, kHeads> worker{table,      region + kGuardRows * kTilePitch, weights, p.head_dim, lane,
+  Worker<T, kChannels, kHeads, kOnce> worker{table,      region + kGuardRows * kTilePitch, weights, p.head_dim, lane,
                                       score_scale};
   worker.clear();
   const DenseWindow key_window(p.k_window, at.b, p.k_window_batch_stride, at.kv_head, p.k_window_head_stride,
@@ -270,48 +286,57 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   // Merge the warps of the block. What the table was in is free when all blocks of the cluster are here.
   using Splits = Exchange<kChannels, kHeads>;
   using Warps = WarpMerge<kHeads, kBytes, tile_bytes(kChannels)>;
-  static_assert(Splits::kBytes + Warps::kFactorBytes <= Queries::kBytes && Splits::kBytes % 16 == 0);
+  static_assert(Splits::kBytes + Warps::kBytes <= Queries::kBytes && Splits::kBytes % 16 == 0);
   static_assert(kMaxWarps<kChannels, kHeads> <= Warps::kMostWarps);
   const Splits splits(table, plan.splits, at.split);
   const Warps warps{of_warps, table + Splits::kBytes, block_warps};
-  if (plan.clustered) arrive_at_cluster_barrier();
+  if (plan.clustered) arrive_relaxed_at_cluster_barrier();
   __syncthreads();
-  warps.find_factors();
+  warps.find_factors(plan.splits == 1);
   __syncthreads();
-  if (plan.clustered) wait_at_cluster_barrier();
-  const Workspace workspace(p.workspace, int64_t{p.batch} * p.q_heads * plan.splits);
-  const auto row = [&](int h) { return (at.b * p.q_heads + at.first_head + h) * plan.splits + at.split; };
-  for (int channel = threadIdx.x; channel < kChannels; channel += blockDim.x) {
-    float sums[kHeads], weights[kHeads];
-    warps.add(channel, sums, weights);
-    if (plan.clustered) {
+  if (plan.clustered) {
+    wait_at_cluster_barrier();
+#pragma unroll 1
+    for (int channel = threadIdx.x; channel < kChannels; channel += blockDim.x) {
+      float sums[kHeads];
+      warps.add(channel, sums);
       splits.send(channel, sums);
       if (channel < plan.splits)  // to block `channel`
 #pragma unroll
-        for (int h = 0; h < kHeads; ++h) splits.send_partial(channel, h, {warps.maximum(h), weights[h]});
-      continue;
+        for (int h = 0; h < kHeads; ++h) splits.send_partial(channel, h, warps.partial(h));
     }
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
+    cluster_barrier();
+    for (int i = threadIdx.x; i < splits.share * kHeads; i += blockDim.x) {
+      const int h = i % kHeads, own = i / kHeads, channel = at.split * splits.share + own;
       if (h >= at.heads || channel >= p.head_dim) continue;
-      if (plan.splits == 1) {
-        write_output<T>(p, at.b, at.first_head + h, channel, sums[h], weights[h], sequence.nothing_visible());
-      } else {
-        workspace.sums[row(h) * p.head_dim + channel] = sums[h];
-        if (channel == 0) workspace.partials[row(h)] = {warps.maximum(h), weights[h]};
+      const float2 merged = merge_splits(
+          plan.splits, [&](int s) { return splits.partial(s, h); },
+          [&](int s) { return splits.sum(s, own, h); });
+      output_row<T>(p, at.b, at.first_head + h)[channel] =
+          merged_output<T>(merged, sequence.nothing_visible());
+    }
+    return;
+  }
+  const Workspace workspace(p.workspace, int64_t{p.batch} * p.q_heads * plan.splits);
+#pragma unroll 1
+  for (int channel = threadIdx.x; channel < p.head_dim; channel += blockDim.x) {
+    float sums[kHeads];
+    warps.add(channel, sums);
+    if (plan.splits == 1) {
+      T* const out = output_row<T>(p, at.b, at.first_head) + channel;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h)
+        if (h < at.heads)
+          out[h * p.out_head_stride] = Half<T>::round(sequence.nothing_visible() ? 0.f : sums[h]);
+    } else {
+      const int64_t row = (at.b * p.q_heads + at.first_head) * plan.splits + at.split;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        if (h >= at.heads) continue;
+        workspace.sums[(row + h * plan.splits) * p.head_dim + channel] = sums[h];
+        if (channel == 0) workspace.partials[row + h * plan.splits] = warps.partial(h);
       }
     }
-  }
-  if (!plan.clustered) return;
-
-  cluster_barrier();
-  for (int i = threadIdx.x; i < splits.share * kHeads; i += blockDim.x) {
-    const int h = i % kHeads, own = i / kHeads, channel = at.split * splits.share + own;
-    if (h >= at.heads || channel >= p.head_dim) continue;
-    const float2 merged = merge_splits(
-        plan.splits, [&](int s) { return splits.partial(s, h); },
-        [&](int s) { return splits.sum(s, own, h); });
-    write_output<T>(p, at.b, at.first_head + h, channel, merged.x, merged.y, sequence.nothing_visible());
   }
 }
 
@@ -328,22 +353,23 @@ __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, 
   for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
     const float2 merged = merge_splits(
         splits, [&](int s) { return partials[s]; }, [&](int s) { return sums[int64_t{s} * p.head_dim + d]; });
-    write_output<T>(p, b, head, d, merged.x, merged.y, nothing_visible);
+    output_row<T>(p, b, head)[d] = merged_output<T>(merged, nothing_visible);
   }
 }
 
-// How a launch of these shapes is cut, whatever the dtype.
+// How a launch of these shapes is cut, whatever the dtype. `once`: a warp has a piece at most.
 template <int kChannels, int kHeads>
 cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window_capacity, Blocks* blocks,
-                    Plan* plan) {
+                    Plan* plan, bool* once) {
   MUSTAFAR_CUDA_TRY(size_blocks(kTableBytes<kChannels>, kWarpBytes<kChannels, kHeads>,
                                 kMaxWarps<kChannels, kHeads>, 1, blocks));
   if (blocks->threads * kTablePasses<kChannels, kHeads> < kChannels) return cudaErrorInvalidConfiguration;
   const int64_t units = slices + slices_of(window_capacity);
   *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), units, blocks->teams, blocks->resident,
-                    KernelClusters<decode_attention_kernel<__half, kChannels, kHeads>>{*blocks});
-  // No more warps than the block has units for, but 8 bring in the tables.
+                    KernelClusters<decode_attention_kernel<__half, kChannels, kHeads, false>>{*blocks});
   const int64_t of_block = (units + plan->splits - 1) / plan->splits;
+  *once = of_block <= blocks->teams;
+  // No more warps than the block has units for, but 8 bring in the tables.
   blocks->threads =
       kWarpSize * static_cast<int>(std::min<int64_t>(blocks->teams, std::max<int64_t>(8, of_block)));
   return cudaSuccess;
@@ -353,13 +379,15 @@ template <class T, int kChannels, int kHeads>
 cudaError_t run(const DecodeAttentionParams& p, cudaStream_t stream) {
   Blocks blocks;
   Plan plan;
+  bool once;
   MUSTAFAR_CUDA_TRY((prepare<kChannels, kHeads>(p.batch, p.q_heads, p.kv_heads, p.slices, p.window_capacity,
-                                                &blocks, &plan)));
+                                                &blocks, &plan, &once)));
   if (plan.splits > 1 && !plan.clustered && !(p.workspace != nullptr && aligned(p.workspace, 16)))
     return cudaErrorInvalidValue;
   const float log2_e = 1.44269504f;
-  MUSTAFAR_CUDA_TRY(
-      launch(decode_attention_kernel<T, kChannels, kHeads>, plan, blocks, stream, p, plan, p.scale * log2_e));
+  MUSTAFAR_CUDA_TRY(launch(once ? decode_attention_kernel<T, kChannels, kHeads, true>
+                                : decode_attention_kernel<T, kChannels, kHeads, false>,
+                           plan, blocks, stream, p, plan, p.scale * log2_e));
   if (plan.splits == 1 || plan.clustered) return cudaSuccess;
   return launch_after(combine_kernel<T>, int64_t{p.batch} * p.q_heads, std::min(kChannels, 128), stream, p,
                       plan.splits);
@@ -397,8 +425,9 @@ int64_t decode_attention_workspace_bytes(int batch, int q_heads, int kv_heads, i
       DType::kFloat16, head_dim, q_heads / kv_heads, MostHeads(), [&](auto, auto channels, auto heads) {
         Blocks blocks;
         Plan plan;
-        MUSTAFAR_CUDA_TRY(
-            (prepare<channels, heads>(batch, q_heads, kv_heads, slices, window_capacity, &blocks, &plan)));
+        bool once;
+        MUSTAFAR_CUDA_TRY((prepare<channels, heads>(batch, q_heads, kv_heads, slices, window_capacity, &blocks,
+                                                    &plan, &once)));
         splits = plan.clustered ? 1 : plan.splits;
         return cudaSuccess;
       });

@@ -174,8 +174,10 @@ struct Tour {
   template <int kLive>
   __device__ __forceinline__ void visit_value(int i) {
 #pragma unroll
-    for (int r = kRowsPerLane - 1; r >= 0; --r)
+    for (int n = 0; n < kRowsPerLane; ++n) {
+      const int r = SomeVisit::kSecondRowFirst ? kRowsPerLane - 1 - n : n;
       walk.template visit_value<kLive>(r, i, feed.pair(r, i / 2), visit);
+    }
   }
 };
 template <class SomeFeed, class SomeWalk, class SomeVisit>

@@ -17,6 +17,13 @@ struct Partial {
 };
 constexpr float kNoMaximum = -FLT_MAX;  // yet: finite, so that a score of -inf less the maximum is -inf
 
+// From shared memory.
+__device__ __forceinline__ Partial load_partial(uint32_t address) {
+  float x[2];
+  load_floats(address, x);
+  return {x[0], x[1]};
+}
+
 // Factor that brings sums relative to `from` to those relative to `to`.
 __device__ __forceinline__ float rescale(float from, float to) {
   return from == to ? 1.f : exp2_fast(from - to);
@@ -40,73 +47,74 @@ __device__ __forceinline__ float2 merge_splits(int splits, const PartialOf& part
 }
 
 // The warps of a block, each with its sums at of_warps + warp * kWarpBytes and, kPartialsAt further, a
-// Partial of every head. `factors` is kFactorBytes of shared memory.
+// Partial of every head. `memory` is kBytes of shared memory. Short code: it comes from memory once a block.
 template <int kHeads, int kWarpBytes, int kPartialsAt>
 struct WarpMerge {
   static constexpr int kMostWarps = 16;
-  static constexpr int kFactorBytes = (2 * kMostWarps + 1) * kHeads * 4;
-  const uint32_t of_warps, factors;
+  static constexpr int kFactorBytes = kMostWarps * kHeads * 4, kBytes = kFactorBytes + kHeads * 8;
+  const uint32_t of_warps, memory;
   const int warps;
 
-  // By the whole block, between barriers.
-  __device__ __forceinline__ void find_factors() const {
-    const int head = threadIdx.x % kHeads, warp = threadIdx.x / kHeads;
-    if (warp >= warps) return;
-    float maximum = kNoMaximum;
-#pragma unroll 4
-    for (int w = 0; w < warps; ++w) maximum = fmaxf(maximum, partial(w, head).maximum);
-    const Partial own = partial(warp, head);
-    const float factor = rescale(own.maximum, maximum);
-    store32(factors + (2 * warp * kHeads + head) * 4, __float_as_uint(factor));
-    store32(factors + ((2 * warp + 1) * kHeads + head) * 4, __float_as_uint(own.sum * factor));
-    if (warp == 0) store32(maxima() + head * 4, __float_as_uint(maximum));
-  }
-  // Sums of a channel and weights, relative to maximum().
-  __device__ __forceinline__ void add(int channel, float (&sums)[kHeads], float (&weights)[kHeads]) const {
+  // By the whole block, between barriers: the Partial of the block, and the factor of each warp's sums, so
+  // that they add up to the block's, or with `divide` to those divided by its weights. A lane has a warp.
+  __device__ __forceinline__ void find_factors(bool divide) const {
+    const int lane = threadIdx.x % 32;
+    for (int head = threadIdx.x / 32; head < kHeads; head += warps) {
+      const Partial own =
+          lane < warps ? load_partial(of_warps + lane * kWarpBytes + kPartialsAt + head * 8) : Partial{kNoMaximum, 0.f};
+      float maximum = own.maximum;
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) sums[h] = weights[h] = 0.f;
-#pragma unroll 4
-    for (int w = 0; w < warps; ++w) {
-      float of_warp[kHeads], factor[kHeads], weight[kHeads];
-      load_floats(of_warps + w * kWarpBytes + channel * kHeads * 4, of_warp);
-      load_floats(factors + 2 * w * kHeads * 4, factor);
-      load_floats(factors + (2 * w + 1) * kHeads * 4, weight);
+      for (int distance = kMostWarps / 2; distance > 0; distance /= 2)
+        maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, distance));
+      const float factor = rescale(own.maximum, maximum);
+      float sum = own.sum * factor;
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) sums[h] += of_warp[h] * factor[h], weights[h] += weight[h];
+      for (int distance = kMostWarps / 2; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(kFullWarp, sum, distance);
+      if (lane < warps)
+        store32(memory + (lane * kHeads + head) * 4,
+                __float_as_uint(divide ? __fdividef(factor, sum) : factor));
+      if (lane == 0)
+        store(memory + kFactorBytes + head * 8, {__float_as_uint(maximum), __float_as_uint(sum)});
     }
   }
-  __device__ __forceinline__ float maximum(int head) const {
-    uint32_t bits;
-    load(maxima() + head * 4, bits);
-    return __uint_as_float(bits);
+  __device__ __forceinline__ Partial partial(int head) const {
+    return load_partial(memory + kFactorBytes + head * 8);
   }
-
- private:
-  __device__ __forceinline__ uint32_t maxima() const { return factors + 2 * kMostWarps * kHeads * 4; }
-  __device__ __forceinline__ Partial partial(int warp, int head) const {
-    float of_warp[2];
-    load_floats(of_warps + warp * kWarpBytes + kPartialsAt + head * 8, of_warp);
-    return {of_warp[0], of_warp[1]};
+  __device__ __forceinline__ void add(int channel, float (&sums)[kHeads]) const {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) sums[h] = 0.f;
+#pragma unroll 4
+    for (int w = 0; w < warps; ++w) {
+      float of_warp[kHeads], factor[kHeads];
+      load_floats(of_warps + w * kWarpBytes + channel * kHeads * 4, of_warp);
+      load_floats(memory + w * kHeads * 4, factor);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) sums[h] += of_warp[h] * factor[h];
+    }
   }
 };
 
 // What the splits of a problem, a cluster, send each other: block r of them gets the channels from r * share
-// on from all. `memory` is kBytes that no block uses for anything else from the barrier before until it is
-// done.
+// on from all; the share is a power of two, so that the last blocks may get none. `memory` is kBytes that no
+// block uses for anything else from the barrier before until it is done.
 template <int kChannels, int kHeads>
 struct Exchange {
   static constexpr int kRowBytes = kHeads * 4;
-  static constexpr int kPartialsAt = (kChannels + kMostClusterBlocks) * kRowBytes;
+  static constexpr int kPartialsAt = 2 * kChannels * kRowBytes;
   static constexpr int kBytes = kPartialsAt + kMostClusterBlocks * kHeads * 8;
   const uint32_t memory;
-  const int splits, self, share;
+  const int splits, self, log2_share, share;
 
   __device__ __forceinline__ Exchange(uint32_t memory_, int splits_, int self_)
-      : memory(memory_), splits(splits_), self(self_), share((kChannels + splits_ - 1) / splits_) {}
+      : memory(memory_),
+        splits(splits_),
+        self(self_),
+        log2_share(floor_log2(kChannels) - floor_log2(splits_)),
+        share(1 << log2_share) {}
 
   __device__ __forceinline__ void send(int channel, const float (&sums)[kHeads]) const {
-    const int owner = channel / share;
-    store_of_block(memory + (self * share + channel - owner * share) * kRowBytes, owner, sums);
+    store_of_block(memory + (self * share + (channel & (share - 1))) * kRowBytes, channel >> log2_share, sums);
   }
   __device__ __forceinline__ void send_partial(int to, int head, const Partial& partial) const {
     const float of_head[2] = {partial.maximum, partial.sum};
@@ -120,9 +128,7 @@ struct Exchange {
     return x[0];
   }
   __device__ __forceinline__ Partial partial(int s, int head) const {
-    float of_head[2];
-    load_floats(memory + kPartialsAt + (s * kHeads + head) * 8, of_head);
-    return {of_head[0], of_head[1]};
+    return load_partial(memory + kPartialsAt + (s * kHeads + head) * 8);
   }
 };
 

@@ -32,8 +32,8 @@ struct Share {
   int32_t first_visible, end_visible;
 };
 
-// What one team of warps reads of the keys or values of a KV head. Uniform across a warp.
-struct Slices : Share {
+// Where the keys or values of a KV head lie. Uniform across a warp.
+struct Stored {
   const char* values;      // of the head; in the general layout of the tensor
   const uint64_t* bitmap;  // of the head
   const int64_t* offsets;  // of the head; null in the uniform layout
@@ -41,10 +41,8 @@ struct Slices : Share {
   int32_t vectors;  // of each row, in the uniform layout
   int32_t words;    // 64-bit words of a row's bitmap
 
-  __device__ __forceinline__ Slices(const CompressedView& view, int64_t b, int h, int bitmap_words,
-                                    const Share& share)
-      : Share(share),
-        values(static_cast<const char*>(view.values)),
+  __device__ __forceinline__ Stored(const CompressedView& view, int64_t b, uint32_t h, int bitmap_words)
+      : values(static_cast<const char*>(view.values)),
         bitmap(view.bitmap + b * view.bitmap_batch_stride + h * view.bitmap_head_stride),
         offsets(view.offsets),
         vectors(view.width / kVectorValues),
@@ -56,6 +54,12 @@ struct Slices : Share {
       widths = view.widths + b * view.widths_batch_stride + h * view.widths_head_stride;
     }
   }
+};
+
+// What one team of warps reads of them.
+struct Slices : Share, Stored {
+  __device__ __forceinline__ Slices(const Stored& stored, const Share& share)
+      : Share(share), Stored(stored) {}
 
   __device__ __forceinline__ bool general() const { return offsets != nullptr; }
   // Vector 0 of row 0 of a slice.

@@ -45,7 +45,8 @@ struct Sequence {
   // chunks self, self + teams, ..., and then these slices.
   __device__ __forceinline__ Share deal(int self, int teams) const {
     int turns = 0;
-    if (self < chunks) turns = (chunks - self + teams - 1) / teams;
+#pragma unroll 1
+    for (int i = self; i < chunks; i += teams) ++turns;
     return {first_slice + self + turns * teams - chunks, first_slice + slices, teams, first_visible,
             compressed};
   }
