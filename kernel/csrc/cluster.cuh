@@ -13,52 +13,78 @@ constexpr int kPortableClusterBlocks = 8, kMostClusterBlocks = 16;  // 16 are wh
 
 __device__ __forceinline__ int floor_log2(int x) { return 31 - __clz(x); }
 
-// A barrier of all threads of the cluster, in two halves: what they wrote to shared memory before the first
-// can be read after the second.
+// A barrier of all threads of the cluster, in two halves. It orders nothing in memory: after the second,
+// other blocks have passed the first.
 __device__ __forceinline__ void arrive_at_cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-// The same where nothing written before is read after: what comes after is only not to come sooner. It does
-// not wait until this thread's stores are seen.
-__device__ __forceinline__ void arrive_relaxed_at_cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void wait_at_cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
-}
-__device__ __forceinline__ void cluster_barrier() {
-  arrive_at_cluster_barrier();
-  wait_at_cluster_barrier();
 }
 
-// Stores floats at `address` of shared memory, but of block `rank` of the cluster: at a multiple of 16 bytes,
-// or of 8 where they come to no more.
-template <int kCount>
-__device__ __forceinline__ void store_of_block(uint32_t address, int rank, const float (&x)[kCount]) {
+// An mbarrier in the shared memory of a block (8 bytes), over which the blocks of its cluster send it data:
+// it waits for them, and nobody else does, where a barrier of the cluster waits until everybody's stores are
+// seen everywhere.
+struct Mailbox {
+  const uint32_t barrier;
+
+  // By one thread, before an arrival at a barrier of the cluster: so many bytes will come.
+  __device__ __forceinline__ void open(int bytes) const {
 #if __CUDA_ARCH__ >= 900
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  constexpr int kAtOnce = kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
-#pragma unroll
-  for (int i = 0; i < kCount; i += kAtOnce) {
-    if constexpr (kAtOnce == 4)
-      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there + i * 4), "f"(x[i]),
-                   "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3])
-                   : "memory");
-    else if constexpr (kAtOnce == 2)
-      asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there + i * 4), "f"(x[i]), "f"(x[i + 1])
-                   : "memory");
-    else
-      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there + i * 4), "f"(x[i]) : "memory");
-  }
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
 #endif
-}
+  }
+  // After that barrier: floats to `address` of shared memory, but of block `rank`, whose mailbox is where
+  // this block's is. At a multiple of 16 bytes, or of 8 or 4 where they come to no more.
+  template <int kCount>
+  __device__ __forceinline__ void send(uint32_t address, int rank, const float (&x)[kCount]) const {
+#if __CUDA_ARCH__ >= 900
+    uint32_t there, box;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(box) : "r"(barrier), "r"(rank));
+    constexpr int kAtOnce = kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < kCount; i += kAtOnce) {
+      const uint32_t to = there + i * 4;
+      if constexpr (kAtOnce == 4)
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::
+                "r"(to),
+            "r"(box), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3])
+            : "memory");
+      else if constexpr (kAtOnce == 2)
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];" ::"r"(to),
+            "r"(box), "f"(x[i]), "f"(x[i + 1])
+            : "memory");
+      else
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %2, [%1];" ::"r"(to),
+                     "r"(box), "f"(x[i])
+                     : "memory");
+    }
+#endif
+  }
+  // Until all of the bytes are here, for this thread to read. No block may end before: others write to it.
+  __device__ __forceinline__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (!done)
+      asm volatile(
+          "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, "
+          "1, 0, p;}"
+          : "=r"(done)
+          : "r"(barrier)
+          : "memory");
+#endif
+  }
+};
 
 // What a launch in clusters of `blocks` needs.
 struct ClusterLaunch {

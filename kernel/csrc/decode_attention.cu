@@ -268,8 +268,8 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   if (first >= sequence.chunks) fill_zeros<tile_bytes(kChannels)>(region, lane);
   fill.template finish<kTablePasses<kChannels, kHeads>>(table);
 
-  Worker<T, kChannels, kHeads, kOnce> worker{table,      region + kGuardRows * kTilePitch, weights, p.head_dim, lane,
-                                      score_scale};
+  Worker<T, kChannels, kHeads, kOnce> worker{
+      table, region + kGuardRows * kTilePitch, weights, p.head_dim, lane, score_scale};
   worker.clear();
   const DenseWindow key_window(p.k_window, at.b, p.k_window_batch_stride, at.kv_head, p.k_window_head_stride,
                                p.k_window_token_stride);
@@ -290,12 +290,12 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
   static_assert(kMaxWarps<kChannels, kHeads> <= Warps::kMostWarps);
   const Splits splits(table, plan.splits, at.split);
   const Warps warps{of_warps, table + Splits::kBytes, block_warps};
-  if (plan.clustered) arrive_relaxed_at_cluster_barrier();
   __syncthreads();
+  if (plan.clustered) splits.open(true);
   warps.find_factors(plan.splits == 1);
   __syncthreads();
   if (plan.clustered) {
-    wait_at_cluster_barrier();
+    splits.wait_open();
 #pragma unroll 1
     for (int channel = threadIdx.x; channel < kChannels; channel += blockDim.x) {
       float sums[kHeads];
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kWarpSize* kMaxWarps<kChannels, kHeads>, 1)
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) splits.send_partial(channel, h, warps.partial(h));
     }
-    cluster_barrier();
+    splits.receive();
     for (int i = threadIdx.x; i < splits.share * kHeads; i += blockDim.x) {
       const int h = i % kHeads, own = i / kHeads, channel = at.split * splits.share + own;
       if (h >= at.heads || channel >= p.head_dim) continue;
@@ -426,8 +426,8 @@ int64_t decode_attention_workspace_bytes(int batch, int q_heads, int kv_heads, i
         Blocks blocks;
         Plan plan;
         bool once;
-        MUSTAFAR_CUDA_TRY((prepare<channels, heads>(batch, q_heads, kv_heads, slices, window_capacity, &blocks,
-                                                    &plan, &once)));
+        MUSTAFAR_CUDA_TRY((prepare<channels, heads>(batch, q_heads, kv_heads, slices, window_capacity,
+                                                    &blocks, &plan, &once)));
         splits = plan.clustered ? 1 : plan.splits;
         return cudaSuccess;
       });

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kHeads), kBlocksPerSm)
       static_cast<const T*>(p.q) + at.b * p.q_batch_stride + at.first_head * p.q_head_stride, p.q_head_stride,
       at.heads, p.head_dim);
   const int block_warps = blockDim.x / kWarpSize;
-  const Slices slices(p.key, at.b, at.kv_head, bitmap_words(p.head_dim),
+  const Slices slices(Stored(p.key, at.b, at.kv_head, bitmap_words(p.head_dim)),
                       {at.split * block_warps + warp, static_cast<int32_t>(slices_of(p.tokens)),
                        plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
   const uint32_t table = shared_address(shared);

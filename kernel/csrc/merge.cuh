@@ -60,8 +60,8 @@ struct WarpMerge {
   __device__ __forceinline__ void find_factors(bool divide) const {
     const int lane = threadIdx.x % 32;
     for (int head = threadIdx.x / 32; head < kHeads; head += warps) {
-      const Partial own =
-          lane < warps ? load_partial(of_warps + lane * kWarpBytes + kPartialsAt + head * 8) : Partial{kNoMaximum, 0.f};
+      const Partial own = lane < warps ? load_partial(of_warps + lane * kWarpBytes + kPartialsAt + head * 8)
+                                       : Partial{kNoMaximum, 0.f};
       float maximum = own.maximum;
 #pragma unroll
       for (int distance = kMostWarps / 2; distance > 0; distance /= 2)
@@ -97,12 +97,13 @@ struct WarpMerge {
 
 // What the splits of a problem, a cluster, send each other: block r of them gets the channels from r * share
 // on from all; the share is a power of two, so that the last blocks may get none. `memory` is kBytes that no
-// block uses for anything else from the barrier before until it is done.
+// block uses for anything else from open() until it is done.
 template <int kChannels, int kHeads>
 struct Exchange {
   static constexpr int kRowBytes = kHeads * 4;
   static constexpr int kPartialsAt = 2 * kChannels * kRowBytes;
-  static constexpr int kBytes = kPartialsAt + kMostClusterBlocks * kHeads * 8;
+  static constexpr int kMailboxAt = kPartialsAt + kMostClusterBlocks * kHeads * 8;
+  static constexpr int kBytes = kMailboxAt + 16;
   const uint32_t memory;
   const int splits, self, log2_share, share;
 
@@ -113,15 +114,27 @@ struct Exchange {
         log2_share(floor_log2(kChannels) - floor_log2(splits_)),
         share(1 << log2_share) {}
 
+  // By the whole block, after a barrier. `partials`: these are sent, too.
+  __device__ __forceinline__ void open(bool partials) const {
+    const int channels = max(0, min(share, kChannels - self * share));
+    if (threadIdx.x == 0) mailbox().open(splits * (channels * kRowBytes + (partials ? kHeads * 8 : 0)));
+    arrive_at_cluster_barrier();
+  }
+  // Until the others have opened theirs.
+  static __device__ __forceinline__ void wait_open() { wait_at_cluster_barrier(); }
+
   __device__ __forceinline__ void send(int channel, const float (&sums)[kHeads]) const {
-    store_of_block(memory + (self * share + (channel & (share - 1))) * kRowBytes, channel >> log2_share, sums);
+    mailbox().send(memory + (self * share + (channel & (share - 1))) * kRowBytes, channel >> log2_share,
+                   sums);
   }
   __device__ __forceinline__ void send_partial(int to, int head, const Partial& partial) const {
     const float of_head[2] = {partial.maximum, partial.sum};
-    store_of_block(memory + kPartialsAt + (self * kHeads + head) * 8, to, of_head);
+    mailbox().send(memory + kPartialsAt + (self * kHeads + head) * 8, to, of_head);
   }
+  // Until everything is here.
+  __device__ __forceinline__ void receive() const { mailbox().wait(); }
 
-  // After another barrier: what split `s` sent of channel `self * share + i`.
+  // Then: what split `s` sent of channel `self * share + i`.
   __device__ __forceinline__ float sum(int s, int i, int head) const {
     float x[1];
     load_floats(memory + (s * share + i) * kRowBytes + head * 4, x);
@@ -130,6 +143,9 @@ struct Exchange {
   __device__ __forceinline__ Partial partial(int s, int head) const {
     return load_partial(memory + kPartialsAt + (s * kHeads + head) * 8);
   }
+
+ private:
+  __device__ __forceinline__ Mailbox mailbox() const { return {memory + kMailboxAt}; }
 };
 
 }  // namespace mustafar::cuda

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
   const uint32_t of_warps = shared_address(shared), region = of_warps + warp * kBytes;
   const uint32_t tile = region + kGuardRows * kTilePitch, weights = region + tile_bytes(kChannels);
 
-  const Slices slices(p.value, at.b, at.kv_head, bitmap_words(p.head_dim),
+  const Slices slices(Stored(p.value, at.b, at.kv_head, bitmap_words(p.head_dim)),
                       {at.split * block_warps + warp, static_cast<int32_t>(slices_of(p.tokens)),
                        plan.splits * block_warps, 0, static_cast<int32_t>(p.tokens)});
   ValueFeed<kChannels> feed(slices, weights + weights_bytes(kHeads), lane);
@@ -83,9 +83,11 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
   static_assert(kSumBytes + Splits::kBytes <= kBytes);
   const Splits splits(of_warps + kSumBytes, plan.splits, at.split);
   product.store(region, lane);
-  if (plan.clustered) arrive_at_cluster_barrier();
   __syncthreads();
-  if (plan.clustered) wait_at_cluster_barrier();
+  if (plan.clustered) {
+    splits.open(false);
+    splits.wait_open();
+  }
   const auto write = [&](int h, int channel, float sum) {
     if (h < at.heads && channel < p.head_dim)
       static_cast<T*>(p.out)[at.b * p.out_batch_stride + (at.first_head + h) * p.out_head_stride + channel] =
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kWarpSize* max_warps(kChannels))
   }
   if (!plan.clustered) return;
 
-  cluster_barrier();
+  splits.receive();
   for (int i = threadIdx.x; i < splits.share * kHeads; i += blockDim.x) {
     float sum = 0.f;
 #pragma unroll 4

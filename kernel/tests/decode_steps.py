@@ -93,6 +93,18 @@ def step(
     }  # fmt: skip
 
 
+def crowd(args: dict, sequences: int) -> dict:
+    """The step of one sequence for so many of the same: where a GPU is full, a warp goes from slice to slice."""
+    return {n: x if x is None or n not in BATCHED else repeated(x, sequences) for n, x in args.items()}
+
+
+def repeated(x: torch.Tensor | CompressedTensor, sequences: int) -> torch.Tensor | CompressedTensor:
+    if isinstance(x, torch.Tensor):
+        return x.expand(sequences, *x.shape[1:]).contiguous()
+    names = ("bitmap", "values") if x.is_uniform else ("bitmap", "offsets", "widths")
+    return dataclasses.replace(x, **{n: repeated(getattr(x, n), sequences) for n in names})
+
+
 def sdpa(args: dict) -> torch.Tensor:
     """The step in its own dtype by PyTorch's scaled_dot_product_attention on dense tensors with zeros."""
     q, lengths = args["q"], args["lengths"]

@@ -15,6 +15,7 @@ from decode_steps import (
     assert_attends,
     assert_like_dense,
     assert_multiplies,
+    crowd,
     in_float32,
     on_each_device,
     on_each_target,
@@ -68,6 +69,19 @@ def test_patterns(device, dtype, rows):
         if rows == "equal":  # ties, in the layout that has to choose
             new = {n: reference.prune_compress(part, head_dim // 2) for n, part in zip("kv", x, strict=True)}
             assert_attends(ops.decode_attention(**args | new), args | new, (head_dim, group))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@on_each_target
+def test_patterns_slice_after_slice(device, dtype, rows):
+    for head_dim, group in ((64, 4), (128, 1), (128, 4), (128, 8)):
+        args = step(device, dtype, batch=1, heads=1, group=group, head_dim=head_dim)
+        x = [patterned(rows, randn(1, 1, 1500, head_dim, device=device, dtype=dtype, seed=s)) for s in (1, 2)]
+        args |= {n: reference.compress(part) for n, part in zip("kv", x, strict=True)}
+        args["lengths"] = torch.tensor([[1500, 40]], dtype=torch.int32, device=device)
+        got = ops.decode_attention(**crowd(args, 300 if device == "cuda" else 2))
+        assert torch.equal(got, got[:1].expand_as(got))
+        assert_attends(got[:1], args, (head_dim, group))
 
 
 SPECIAL = {"inf": [math.inf], "-inf": [-math.inf], "nan": [math.nan], "both": [math.inf, -math.inf]}
@@ -204,7 +218,9 @@ def test_running_maximum(device, dtype, rise, layout):
     for direction in (1, -1):
         ramp = direction * rise * slices
         args = one_channel(ramp, dtype, layout)
-        assert_attends(ops.decode_attention(**args), args, direction)
+        for sequences in (1, 300 if device == "cuda" else 2):  # a slice a warp, several
+            got = ops.decode_attention(**crowd(args, sequences))
+            assert_attends(got[:1], args, (direction, sequences))
         inside = direction * rise * (torch.arange(slices.numel(), device=device) % 64 - 32)
         args = one_channel(inside, dtype, layout)
         assert_attends(ops.decode_attention(**args), args, ("inside a slice", direction))

@@ -10,6 +10,7 @@ from decode_steps import (
     LAYOUTS,
     assert_attends,
     assert_multiplies,
+    crowd,
     on_each_device,
     on_each_target,
     sequences,
@@ -85,6 +86,20 @@ def test_splits(device, case):
     assert_attends(ops.decode_attention(**args), args)
     if case.startswith("one"):
         assert_multiplies(args["q"], args["k"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@on_each_target
+def test_slice_after_slice(device, dtype, layout):
+    """A few sequences are cut into a piece a warp; of many, a warp takes several slices, and a window's chunk before."""
+    for head_dim, group in ((64, 4), (128, 1), (128, 2), (128, 4), (128, 6), (128, 8), (256, 4)):
+        args = step(
+            device, dtype, batch=1, heads=1, tokens=2700, window=130, group=group, head_dim=head_dim,
+            layouts=(layout, layout), lengths=[[2650, 77]], starts=[70],
+        )  # fmt: skip
+        got = ops.decode_attention(**crowd(args, 300 if device == "cuda" else 2))
+        assert torch.equal(got, got[:1].expand_as(got))
+        assert_attends(got[:1], args, (head_dim, group))
 
 
 @on_each_target
