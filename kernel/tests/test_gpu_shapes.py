@@ -91,7 +91,7 @@ def test_splits(device, case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @on_each_target
 def test_slice_after_slice(device, dtype, layout):
-    """A few sequences are cut into a piece a warp; of many, a warp takes several slices, and a window's chunk before."""
+    """A few sequences are cut into a piece a warp; of many a warp takes several slices, and window chunks before."""
     for head_dim, group in ((64, 4), (128, 1), (128, 2), (128, 4), (128, 6), (128, 8), (256, 4)):
         args = step(
             device, dtype, batch=1, heads=1, tokens=2700, window=130, group=group, head_dim=head_dim,
