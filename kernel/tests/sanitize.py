@@ -49,6 +49,8 @@ ATTENTION = {
     "200": {"head_dim": 200, "heads": 1},
     "many splits": {"batch": 1, "heads": 1, "tokens": 6000, "window": 33},
     "one split": {"batch": 40, "heads": 4, "group": 2, "tokens": 65, "window": 1},
+    "slice after slice": {"batch": 264, "heads": 1, "tokens": 900, "window": 70},
+    "slice after slice, group 8": {"batch": 264, "heads": 1, "group": 8, "tokens": 900, "window": 70},
     "no slice": {"tokens": 0, "window": 70},
     "no window": {"window": 0},
     "one token": {"tokens": 1, "window": 0},
