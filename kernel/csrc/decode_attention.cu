@@ -75,7 +75,7 @@ __device__ __forceinline__ T merged_output(float2 merged, bool nothing_visible) 
 // The work of a warp: 64 tokens after another, window chunks and then slices. The scores of a slice are there
 // when its values are walked; the keys of the next slice are walked in the same loop, for twice the
 // independent instructions. Scores are in powers of two.
-//   kOnce  of one 64 at most
+//   kOnce  of 64 tokens at most, as where contexts are short
 template <class T, int kChannels, int kHeads, bool kOnce>
 struct Worker {
   using Queries = QueryTable<T, kChannels, kHeads>;
