@@ -7,6 +7,7 @@
 
 #include "cluster.cuh"
 #include "half.cuh"
+#include "rows.cuh"
 #include "shared.cuh"
 
 namespace mustafar::cuda {
@@ -58,8 +59,9 @@ struct WarpMerge {
   // By the whole block, between barriers: the Partial of the block, and the factor of each warp's sums, so
   // that they add up to the block's, or with `divide` to those divided by its weights. A lane has a warp.
   __device__ __forceinline__ void find_factors(bool divide) const {
-    const int lane = threadIdx.x % 32;
-    for (int head = threadIdx.x / 32; head < kHeads; head += warps) {
+    // Not the caller's lane and warp: what lives through the walks takes a register from them.
+    const int lane = threadIdx.x % kWarpSize;
+    for (int head = threadIdx.x / kWarpSize; head < kHeads; head += warps) {
       const Partial own = lane < warps ? load_partial(of_warps + lane * kWarpBytes + kPartialsAt + head * 8)
                                        : Partial{kNoMaximum, 0.f};
       float maximum = own.maximum;
