@@ -357,18 +357,20 @@ __global__ void combine_kernel(const __grid_constant__ DecodeAttentionParams p, 
   }
 }
 
-// How a launch of these shapes is cut, whatever the dtype. `once`: a warp has a piece at most.
+// Pieces of 64 tokens that a problem of these shapes may have.
+int64_t units_of(int slices, int window_capacity) { return slices + slices_of(window_capacity); }
+
+// How a launch of these shapes is cut, whatever the dtype.
 template <int kChannels, int kHeads>
 cudaError_t prepare(int batch, int q_heads, int kv_heads, int slices, int window_capacity, Blocks* blocks,
-                    Plan* plan, bool* once) {
+                    Plan* plan) {
   MUSTAFAR_CUDA_TRY(size_blocks(kTableBytes<kChannels>, kWarpBytes<kChannels, kHeads>,
                                 kMaxWarps<kChannels, kHeads>, 1, blocks));
   if (blocks->threads * kTablePasses<kChannels, kHeads> < kChannels) return cudaErrorInvalidConfiguration;
-  const int64_t units = slices + slices_of(window_capacity);
+  const int64_t units = units_of(slices, window_capacity);
   *plan = make_plan(batch, q_heads, kv_heads, MostHeads()(kChannels), units, blocks->teams, blocks->resident,
                     KernelClusters<decode_attention_kernel<__half, kChannels, kHeads, false>>{*blocks});
   const int64_t of_block = (units + plan->splits - 1) / plan->splits;
-  *once = of_block <= blocks->teams;
   // No more warps than the block has units for, but 8 bring in the tables.
   blocks->threads =
       kWarpSize * static_cast<int>(std::min<int64_t>(blocks->teams, std::max<int64_t>(8, of_block)));
@@ -379,11 +381,13 @@ template <class T, int kChannels, int kHeads>
 cudaError_t run(const DecodeAttentionParams& p, cudaStream_t stream) {
   Blocks blocks;
   Plan plan;
-  bool once;
   MUSTAFAR_CUDA_TRY((prepare<kChannels, kHeads>(p.batch, p.q_heads, p.kv_heads, p.slices, p.window_capacity,
-                                                &blocks, &plan, &once)));
+                                                &blocks, &plan)));
   if (plan.splits > 1 && !plan.clustered && !(p.workspace != nullptr && aligned(p.workspace, 16)))
     return cudaErrorInvalidValue;
+  // Whether no warp gets more than one piece.
+  const bool once =
+      units_of(p.slices, p.window_capacity) <= int64_t{plan.splits} * (blocks.threads / kWarpSize);
   const float log2_e = 1.44269504f;
   MUSTAFAR_CUDA_TRY(launch(once ? decode_attention_kernel<T, kChannels, kHeads, true>
                                 : decode_attention_kernel<T, kChannels, kHeads, false>,
@@ -425,9 +429,8 @@ int64_t decode_attention_workspace_bytes(int batch, int q_heads, int kv_heads, i
       DType::kFloat16, head_dim, q_heads / kv_heads, MostHeads(), [&](auto, auto channels, auto heads) {
         Blocks blocks;
         Plan plan;
-        bool once;
-        MUSTAFAR_CUDA_TRY((prepare<channels, heads>(batch, q_heads, kv_heads, slices, window_capacity,
-                                                    &blocks, &plan, &once)));
+        MUSTAFAR_CUDA_TRY(
+            (prepare<channels, heads>(batch, q_heads, kv_heads, slices, window_capacity, &blocks, &plan)));
         splits = plan.clustered ? 1 : plan.splits;
         return cudaSuccess;
       });

@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t tile_column(uint32_t tile, int lane) { retur
 
 // Stores one value: the visit of a walk over tile_column(), with the two rows 2 bytes apart.
 struct Scatter {
-  static constexpr bool kSecondRowFirst = false;
+  static constexpr bool kSecondRowFirst = false;  // see Scores
   __device__ __forceinline__ void operator()(int /*row*/, uint32_t address, uint32_t pair, bool high) const {
     if (high)
       store_high16(address, pair);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -95,14 +96,21 @@ def step(
 
 def crowd(args: dict, sequences: int) -> dict:
     """The step of one sequence for so many of the same: where a GPU is full, a warp goes from slice to slice."""
-    return {n: x if x is None or n not in BATCHED else repeated(x, sequences) for n, x in args.items()}
 
-
-def repeated(x: torch.Tensor | CompressedTensor, sequences: int) -> torch.Tensor | CompressedTensor:
-    if isinstance(x, torch.Tensor):
+    def repeated(x: torch.Tensor) -> torch.Tensor:
         return x.expand(sequences, *x.shape[1:]).contiguous()
+
+    return {n: x if x is None or n not in BATCHED else of_sequences(x, repeated) for n, x in args.items()}
+
+
+def of_sequences(
+    x: torch.Tensor | CompressedTensor, change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | CompressedTensor:
+    """`change` done to a tensor, or to what a compressed one has of each sequence."""
+    if isinstance(x, torch.Tensor):
+        return change(x)
     names = ("bitmap", "values") if x.is_uniform else ("bitmap", "offsets", "widths")
-    return dataclasses.replace(x, **{n: repeated(getattr(x, n), sequences) for n in names})
+    return dataclasses.replace(x, **{n: change(getattr(x, n)) for n in names})
 
 
 def sdpa(args: dict) -> torch.Tensor:
@@ -138,10 +146,7 @@ def in_float32(args: dict) -> torch.Tensor:
 
 def sequences(x: torch.Tensor | CompressedTensor, part: slice) -> torch.Tensor | CompressedTensor:
     """Some of the sequences of a tensor, compressed or not."""
-    if isinstance(x, torch.Tensor):
-        return x[part]
-    names = ("bitmap", "values") if x.is_uniform else ("bitmap", "offsets", "widths")
-    return dataclasses.replace(x, **{n: getattr(x, n)[part] for n in names})
+    return of_sequences(x, lambda tensor: tensor[part])
 
 
 def assert_attends(got: torch.Tensor, args: dict, what: object = "") -> None:
